@@ -1,0 +1,109 @@
+"""Bring any 1-Lipschitz or equilibrium network into one form, keep its Lipschitz constant, certify it.
+
+    import lipconvert as lc
+
+    net = lc.convert(model)                 # LBEN stages and glue, same function, same constant
+    report = lc.certify(net, data)          # natural and certified accuracy
+    lc.save(net, "net.safetensors")
+
+Only the names below are promised.
+"""
+
+from .activations import Activation, Activations, activation_of
+from .certify import certify
+from .checkpoint import from_state_dict, load, read_weights, save
+from .compose import absorb, affine, compose, elementwise, eliminate, gauge, scale
+from .conditions import Conditions, H_matrix, X_matrix, check, strict_multiplier
+from .convert import convert, to_dae
+from .dae import DAE
+from .equilibrium import Solution, SolverOptions, Status, equilibrium, solve
+from .errors import (
+    AmbiguousModelError,
+    CheckpointError,
+    EquivalenceError,
+    InvalidParameterError,
+    LipconvertError,
+    MissingOptionError,
+    NoCertificateError,
+    NotConvergedError,
+    NotFiniteError,
+    NotPSDError,
+    PluginError,
+    ShapeError,
+    UnsupportedActivationError,
+    UnsupportedModuleError,
+    WeightsError,
+)
+from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .hookspecs import PluginInfo, hookimpl
+from .lben import LBEN
+from .network import Network
+from .registry import Plugin, Registry, plugins, registry
+from .schema import RobustnessReport, ValidationReport
+from .spectrum import psd_sqrt, spectral_norm
+from .state_map import StateMap
+from .validate import validate
+
+__all__ = [
+    "DAE",
+    "LBEN",
+    "Activation",
+    "Activations",
+    "AmbiguousModelError",
+    "CheckpointError",
+    "Conditions",
+    "EquivalenceError",
+    "FirstFeatures",
+    "H_matrix",
+    "InvalidParameterError",
+    "LipconvertError",
+    "MeanPool",
+    "MissingOptionError",
+    "Network",
+    "NoCertificateError",
+    "Normalize",
+    "NotConvergedError",
+    "NotFiniteError",
+    "NotPSDError",
+    "PadChannels",
+    "Plugin",
+    "PluginError",
+    "PluginInfo",
+    "Registry",
+    "RobustnessReport",
+    "ShapeError",
+    "Solution",
+    "SolverOptions",
+    "StateMap",
+    "Status",
+    "UnsupportedActivationError",
+    "UnsupportedModuleError",
+    "ValidationReport",
+    "WeightsError",
+    "X_matrix",
+    "absorb",
+    "activation_of",
+    "affine",
+    "certify",
+    "check",
+    "compose",
+    "convert",
+    "elementwise",
+    "eliminate",
+    "equilibrium",
+    "from_state_dict",
+    "gauge",
+    "hookimpl",
+    "load",
+    "plugins",
+    "psd_sqrt",
+    "read_weights",
+    "registry",
+    "save",
+    "scale",
+    "solve",
+    "spectral_norm",
+    "strict_multiplier",
+    "to_dae",
+    "validate",
+]

@@ -1,0 +1,220 @@
+"""Networks to files and back, and other people's weights files, none of them ever unpickled as code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .activations import Activations
+from .equilibrium import DEFAULT
+from .errors import CheckpointError, LipconvertError, WeightsError
+from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .lben import LBEN
+from .network import Network
+from .registry import registry
+from .schema import GlueEntry, Manifest, StageEntry
+
+KEY = "lipconvert"
+SUFFIX = ".safetensors"
+
+# Glue that can be rebuilt from numbers: its type, the constructor arguments, and where they are read.
+_GLUE: dict[str, tuple[type[nn.Module], dict[str, str]]] = {
+    "Normalize": (Normalize, {"mean": "mean", "std": "std"}),
+    "PadChannels": (PadChannels, {"channels": "channels"}),
+    "FirstFeatures": (FirstFeatures, {"features": "features"}),
+    "MeanPool": (MeanPool, {"kernel_size": "kernel_size"}),
+    "Flatten": (nn.Flatten, {"start_dim": "start_dim", "end_dim": "end_dim"}),
+    "Identity": (nn.Identity, {}),
+    "ReLU": (nn.ReLU, {}),
+}
+
+
+def save(net: Network, path: str | Path) -> None:
+    """Write a network as safetensors with a manifest (`lipconvert.schema.Manifest`) in its metadata.
+
+    The file appears whole or not at all. ``path`` must end in ``.safetensors``.
+    Raises `CheckpointError` for another suffix or for glue that cannot be rebuilt from numbers.
+    """
+    target = Path(path)
+    if target.suffix != SUFFIX:
+        raise CheckpointError(str(target), "path", f"the suffix must be {SUFFIX}")
+    entries: list[StageEntry | GlueEntry] = []
+    for step, L in zip(net.steps, net.step_lipschitz, strict=True):
+        entries.append(_stage_entry(step) if isinstance(step, LBEN) else _glue_entry(step, L, str(target)))
+    dtype = next((p.dtype for p in net.parameters()), torch.float64)
+    manifest = Manifest(
+        lipconvert_version=version("lipconvert"),
+        input_shape=list(net.input_shape),
+        dtype="float32" if dtype is torch.float32 else "float64",
+        steps=entries,
+    )
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in net.state_dict().items() if isinstance(value, Tensor)
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={KEY: manifest.model_dump_json()})
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> Network:
+    """Read a network written by `save`: the same tensors bit for bit, the same dtype.
+
+    Raises `CheckpointError` naming the tensor or manifest entry that is missing, misshapen, not finite or unknown.
+    """
+    name = str(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(name, "file", f"it cannot be read as safetensors ({error})") from error
+    if text is None:
+        raise CheckpointError(name, f"metadata {KEY!r}", "missing: this is not a lipconvert checkpoint")
+    try:
+        manifest = Manifest.model_validate(json.loads(text))
+    except (json.JSONDecodeError, pydantic.ValidationError) as error:
+        raise CheckpointError(name, f"metadata {KEY!r}", str(error)) from error
+    steps: list[nn.Module] = []
+    constants: list[float | None] = []
+    for index, entry in enumerate(manifest.steps):
+        try:
+            steps.append(_stage(entry) if isinstance(entry, StageEntry) else _glue(entry))
+        except (LipconvertError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(name, f"manifest step {index}", str(error)) from error
+        constants.append(entry.lipschitz)
+    net = Network(steps, constants, manifest.input_shape).to(getattr(torch, manifest.dtype)).eval()
+    _fill(net, tensors, name)
+    return net
+
+
+def _fill(net: Network, tensors: Mapping[str, Tensor], path: str) -> None:
+    wanted = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
+    for key in sorted(wanted.keys() ^ tensors.keys()):
+        raise CheckpointError(path, f"tensor {key!r}", "missing" if key in wanted else "unexpected")
+    for key, value in tensors.items():
+        if value.shape != wanted[key].shape or value.dtype != wanted[key].dtype:
+            expected, actual = (f"{t.dtype} {tuple(t.shape)}" for t in (wanted[key], value))
+            raise CheckpointError(path, f"tensor {key!r}", f"it is {actual}, the manifest says {expected}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(path, f"tensor {key!r}", "it holds NaN or infinity")
+        with torch.no_grad():
+            wanted[key].copy_(value)
+
+
+def _stage_entry(stage: LBEN) -> StageEntry:
+    return StageEntry(
+        name=stage.name,
+        inputs=stage.U.shape[1],
+        states=len(stage.b_z),
+        outputs=len(stage.b_y),
+        lipschitz=stage.lipschitz,
+        epsilon=stage.epsilon,
+        activations=[(str(activation), size) for activation, size in stage.sigma],
+        blocks=list(stage.blocks),
+    )
+
+
+def _stage(entry: StageEntry) -> LBEN:
+    stage = LBEN(
+        entry.inputs,
+        entry.states,
+        entry.outputs,
+        lipschitz=entry.lipschitz,
+        epsilon=entry.epsilon,
+        activation=Activations.of((name, size) for name, size in entry.activations),
+        options=DEFAULT,
+        name=entry.name,
+    )
+    if sum(entry.blocks) != entry.states or any(size < 1 for size in entry.blocks):
+        raise ValueError(f"blocks {entry.blocks} do not add up to {entry.states} states")
+    stage.blocks = tuple(entry.blocks)
+    return stage
+
+
+def _glue_entry(module: nn.Module, lipschitz: float, path: str) -> GlueEntry:
+    kind = type(module).__name__
+    if kind not in _GLUE or type(module) is not _GLUE[kind][0]:
+        raise CheckpointError(path, f"glue {kind}", "it cannot be rebuilt from numbers, so it cannot be saved")
+    arguments: dict[str, Any] = {}
+    for argument, attribute in _GLUE[kind][1].items():
+        value = getattr(module, attribute)
+        arguments[argument] = value.tolist() if isinstance(value, Tensor) else value
+    return GlueEntry(type=kind, arguments=arguments, lipschitz=lipschitz)
+
+
+def _glue(entry: GlueEntry) -> nn.Module:
+    if entry.type not in _GLUE:
+        raise ValueError(f"unknown glue {entry.type!r}")
+    kind, arguments = _GLUE[entry.type]
+    if set(arguments) != set(entry.arguments):
+        raise ValueError(f"{entry.type} needs the arguments {sorted(arguments)}, not {sorted(entry.arguments)}")
+    module = kind(**entry.arguments)
+    known = getattr(module, "lipschitz", 1.0)
+    if not known <= entry.lipschitz * (1.0 + 1e-12):
+        raise ValueError(f"{entry.type} has Lipschitz constant {known:g}, the manifest claims {entry.lipschitz:g}")
+    return module
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a ``.safetensors`` file or a torch file opened with ``weights_only=True``.
+
+    A nest such as ``{"model_state_dict": ...}`` or ``{"state_dict": ...}`` is opened; prefixes ``module.`` are stripped.
+    Raises `WeightsError` for a file that is missing, is not a weights file, or would have to run code to be read.
+    """
+    name = str(path)
+    if not Path(path).is_file():
+        raise WeightsError(name, "there is no such file")
+    if Path(path).suffix == SUFFIX:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(name, f"it cannot be read as safetensors ({error})") from error
+    else:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise WeightsError(
+                name,
+                f"it is not a file of plain weights ({first}). Files that need code to be unpickled are not opened.",
+            ) from error
+    for nest in ("model_state_dict", "state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(nest), Mapping):
+            found = found[nest]
+            break
+    if not isinstance(found, Mapping) or not found:
+        raise WeightsError(name, f"it holds a {type(found).__name__}, not a state dict")
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise WeightsError(name, "there are no tensors in it")
+    while all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def from_state_dict(
+    state_dict: Mapping[str, Tensor],
+    options: Mapping[str, Any] | None = None,
+    plugin: str | None = None,
+    path: str = "",
+) -> nn.Module:
+    """The model that some plugin recognises in a state dict; ``options`` supply what the tensors do not say.
+
+    Raises `WeightsError` when no plugin does, `MissingOptionError`, `AmbiguousModelError`.
+    """
+    return registry().from_state_dict(state_dict, options or {}, plugin, path or "the state dict")[1]

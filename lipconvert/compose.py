@@ -1,0 +1,236 @@
+"""Algebra of DAEs: small ones are built here, stacked, thinned out and rescaled; (10) is inherited at every step.
+
+Rows in closed form (``DAE.V``, V′V = H/2) are carried through each operation, so a chain of one-layer DAEs ends with
+the closed-form V of the whole: the paper's (16) for SLL, the corrected (23) for Sandwich.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .activations import Activation, Activations
+from .dae import DAE
+from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
+from .spectrum import psd_sqrt, spectral_norm, triangular_factor
+
+
+def affine(M: Tensor, b: Tensor | None = None, lipschitz: float | None = None, name: str = "affine") -> DAE:
+    """y = M x + b as a DAE of identity rows: W = 0, U = M, G = I, b_z = b, Λ = I/L; H = (I − MM′/L²)/L.
+
+    ``M`` (..., q, p), ``b`` (q,). ``lipschitz`` defaults to an upper bound of ‖M‖ (1 if M = 0).
+    Raises `NotPSDError` when a given L is below ‖M‖.
+    """
+    M = M.detach().to(torch.complex128 if M.is_complex() else torch.float64)
+    L = (float(spectral_norm(M)) or 1.0) if lipschitz is None else float(lipschitz)
+    q = M.shape[-2]
+    eye = torch.eye(q, dtype=M.dtype, device=M.device).expand(*M.shape[:-1], q)
+    V = psd_sqrt((eye - M @ M.mH / L**2) / (2.0 * L), f"I - MM'/L² of {name!r} (L = {L:g})", scale=1.0 / L)
+    ones = torch.ones(q, dtype=torch.float64, device=M.device)
+    return DAE(torch.zeros_like(eye), M, eye, ones / L, b, None, Activations("identity", q), L, V, name=name)
+
+
+def elementwise(activation: Activation | str, size: int, name: str = "activation") -> DAE:
+    """y = σ(x), x of ``size`` coordinates: W = 0, U = G = Λ = I, L = 1; H = 0."""
+    eye = torch.eye(size, dtype=torch.float64)
+    sigma = Activations(activation, size)
+    return DAE(0.0 * eye, eye, eye, torch.ones(size), activations=sigma, V=eye[:0], name=name)
+
+
+def compose(*daes: DAE) -> DAE:
+    """The cascade fₖ ∘ … ∘ f₁ of ``compose(f₁, …, fₖ)``, every row kept.
+
+        z = [z₁; z₂],  W = [[W₁, 0], [U₂G₁, W₂]],  U = [U₁; 0],  G = [0, G₂],  b_z = [b₁; b₂ + U₂b_y₁],  b_y = b_y₂,
+        L = L₁L₂,  Λ = blkdiag(L₂Λ₁, Λ₂/L₁),
+        V = [√L₂ V₁ on block 1;  V₂/√L₁ on block 2;  [L₂G₁, −U₂′Λ₂]/√(2L₁L₂)]                               (FORMULAS L3)
+
+    Raises `ShapeError` when an output does not fit the next input.
+    """
+    if not daes:
+        raise InvalidParameterError("compose", 0, "at least one DAE is needed")
+    return reduce(_compose, daes)
+
+
+def _compose(f: DAE, g: DAE) -> DAE:
+    if f.outputs != g.inputs or f.W.shape[:-2] != g.W.shape[:-2]:
+        raise ShapeError(f"the output of {f.name!r}", f"the input of {g.name!r}: {g.inputs}", f.outputs)
+    n, m = f.states, g.states
+    zeros = f.W.new_zeros
+    batch = f.W.shape[:-2]
+    V = None
+    if f.V is not None and g.V is not None:
+        link = torch.cat([g.lipschitz * f.G, -(g.Lambda.unsqueeze(-1) * g.U).mH], dim=-1)
+        V = _stack_rows(
+            torch.cat([g.lipschitz**0.5 * f.V, zeros(*batch, f.V.shape[-2], m)], dim=-1),
+            torch.cat([zeros(*batch, g.V.shape[-2], n), g.V / f.lipschitz**0.5], dim=-1),
+            link / (2.0 * f.lipschitz * g.lipschitz) ** 0.5,
+        )
+    return DAE(
+        W=torch.cat(
+            [torch.cat([f.W, zeros(*batch, n, m)], dim=-1), torch.cat([g.U @ f.G, g.W], dim=-1)],
+            dim=-2,
+        ),
+        U=torch.cat([f.U, zeros(*batch, m, f.inputs)], dim=-2),
+        G=torch.cat([zeros(*batch, g.outputs, n), g.G], dim=-1),
+        Lambda=torch.cat([g.lipschitz * f.Lambda, g.Lambda / f.lipschitz]),
+        b_z=torch.cat([f.bias_z, g.bias_z + _through(g.U, f.bias_y)]),
+        b_y=g.bias_y,
+        activations=f.sigma + g.sigma,
+        lipschitz=f.lipschitz * g.lipschitz,
+        V=V,
+        blocks=f.blocks + g.blocks,
+        name=f"{f.name} > {g.name}",
+    )
+
+
+def eliminate(dae: DAE) -> DAE:
+    """Remove every identity block that is not needed: z_e = v_e is linear and can be substituted.
+
+        E, F: z = E z_r + F x,   W ← W_r E,  U ← U_r + W_r F,  G ← G E,  Λ ← Λ_r,  L unchanged
+
+    (10) is inherited: it says Q(z, x) = L|x|² − |y|²/L − 2⟨v − z, z⟩_Λ ≥ 0 for all (z, x), and the eliminated rows'
+    term vanishes on z_e = v_e. Q = |√2 V z|² + L|x − U′Λz/L|² becomes |R z_r + N x|² with N′N = L I, hence
+    V ← (I − NN′/L) R/√2, which is V E where the eliminated rows do not read x.
+
+    A block is kept when its removal would leave a feed-through from x to y (the first block of a residual network), or
+    when its rows read each other. Blocks are visited from last to first.
+    """
+    offsets = [0]
+    for size in dae.blocks:
+        offsets.append(offsets[-1] + size)
+    for k in reversed(range(len(dae.blocks))):
+        rows = slice(offsets[k], offsets[k + 1])
+        if len(dae.blocks) > 1 and all(a.name == "identity" for a, _ in dae.sigma[rows]):
+            thinner = _without(dae, k, rows)
+            if thinner is not None:
+                dae = thinner
+    return dae
+
+
+def _without(dae: DAE, k: int, rows: slice) -> DAE | None:
+    """The DAE without block k, or None when the block is needed."""
+    if bool((dae.W[..., rows, rows] != 0).any()) or bool((dae.G[..., rows] @ dae.U[..., rows, :] != 0).any()):
+        return None
+    keep = torch.ones(dae.states, dtype=torch.bool, device=dae.W.device)
+    keep[rows] = False
+    We, Ue = dae.W[..., rows, :][..., keep], dae.U[..., rows, :]  # z_e = We z_r + Ue x + b_e
+    be = dae.bias_z[rows]
+    into_W, into_G = dae.W[..., keep, rows], dae.G[..., rows]
+    V = None if dae.V is None else _restricted_rows(dae, dae.V, keep, rows, We, Ue)
+    return replace(
+        dae,
+        W=dae.W[..., keep, :][..., keep] + into_W @ We,
+        U=dae.U[..., keep, :] + into_W @ Ue,
+        G=dae.G[..., keep] + into_G @ We,
+        Lambda=dae.Lambda[keep],
+        b_z=dae.bias_z[keep] + _through(into_W, be),
+        b_y=dae.bias_y + _through(into_G, be),
+        activations=dae.sigma.select(keep),
+        V=V,
+        blocks=dae.blocks[:k] + dae.blocks[k + 1 :],
+    )
+
+
+def _restricted_rows(dae: DAE, V: Tensor, keep: Tensor, rows: slice, We: Tensor, Ue: Tensor) -> Tensor:
+    reduced = V[..., keep] + V[..., rows] @ We
+    if not bool((Ue != 0).any()):
+        return _compress(reduced)
+    L = dae.lipschitz
+    LU = dae.Lambda.unsqueeze(-1) * dae.U
+    drift = (LU[..., keep, :] + We.mH @ LU[..., rows, :]).mH  # U′ΛE
+    eye = torch.eye(dae.inputs, dtype=V.dtype, device=V.device)
+    R = torch.cat([2.0**0.5 * reduced, -drift / L**0.5], dim=-2)
+    N = torch.cat([2.0**0.5 * V[..., rows] @ Ue, L**0.5 * eye - LU[..., rows, :].mH @ Ue / L**0.5], dim=-2)
+    return _compress((R - N @ (N.mH @ R) / L) / 2.0**0.5)
+
+
+def scale(dae: DAE, alpha: float = 1.0, beta: float = 1.0) -> DAE:
+    """x → β f(α x): U ← αU, G ← βG, b_y ← βb_y, Λ ← (β/α)Λ, L ← αβL, H ← (β/α)H. α, β > 0. (FORMULAS L1)"""
+    if not (alpha > 0.0 and beta > 0.0):
+        raise InvalidParameterError("alpha, beta", (alpha, beta), "both scales must be positive")
+    ratio = beta / alpha
+    return replace(
+        dae,
+        U=alpha * dae.U,
+        G=beta * dae.G,
+        b_y=beta * dae.bias_y,
+        Lambda=ratio * dae.Lambda,
+        lipschitz=alpha * beta * dae.lipschitz,
+        V=None if dae.V is None else ratio**0.5 * dae.V,
+    )
+
+
+def absorb(dae: DAE, P: Tensor | None = None, C: Tensor | None = None) -> DAE:
+    """x → C f(P x) with ‖P‖, ‖C‖ ≤ 1: U ← UP, G ← CG, b_y ← Cb_y, Λ and L unchanged. (FORMULAS L2)
+
+        H ← H + G′(I − C′C)G/L + ΛU(I − PP′)U′Λ/L
+
+    ``P`` (..., p, p′), ``C`` (..., q′, q). Raises `NotPSDError` when a norm exceeds 1, `ShapeError` for misfits.
+    """
+    rows = [] if dae.V is None else [dae.V]
+    U, G, b_y, L = dae.U, dae.G, dae.bias_y, dae.lipschitz
+    if P is not None:
+        P = P.detach().to(dae.W.dtype)
+        if P.shape[-2] != dae.inputs:
+            raise ShapeError("P", f"(..., {dae.inputs}, p')", tuple(P.shape))
+        root = psd_sqrt(_identity_like(P @ P.mH) - P @ P.mH, f"I - PP' in front of {dae.name!r}", scale=1.0)
+        rows.append(root @ (dae.Lambda.unsqueeze(-1) * U).mH / (2.0 * L) ** 0.5)
+        U = U @ P
+    if C is not None:
+        C = C.detach().to(dae.W.dtype)
+        if C.shape[-1] != dae.outputs:
+            raise ShapeError("C", f"(..., q', {dae.outputs})", tuple(C.shape))
+        root = psd_sqrt(_identity_like(C.mH @ C) - C.mH @ C, f"I - C'C behind {dae.name!r}", scale=1.0)
+        rows.append(root @ G / (2.0 * L) ** 0.5)
+        G, b_y = C @ G, _through(C, b_y)
+    return replace(dae, U=U, G=G, b_y=b_y, V=None if dae.V is None else _stack_rows(*rows))
+
+
+def gauge(dae: DAE, D: Tensor | None = None) -> DAE:
+    """The same function with states D z, D > 0 diagonal: W ← DWD⁻¹, U ← DU, b_z ← Db_z, G ← GD⁻¹, Λ ← D⁻¹ΛD⁻¹.
+
+    H ← D⁻¹HD⁻¹. ``D`` (n,) defaults to Λ^{1/2}, which makes Λ = I and removes bad scaling. (FORMULAS L4)
+    Raises `UnsupportedActivationError` unless every activation is positively homogeneous.
+    """
+    bad = next((str(a) for a, _ in dae.sigma if not a.homogeneous), None)
+    if bad is not None:
+        raise UnsupportedActivationError(dae.name, bad, "the diagonal gauge needs σ(cv) = cσ(v) for c > 0.")
+    D = dae.Lambda.sqrt() if D is None else D.to(dae.Lambda)
+    if tuple(D.shape) != (dae.states,) or not bool((D > 0).all()):
+        raise InvalidParameterError("D", tuple(D.shape), f"it must hold {dae.states} positive numbers")
+    return replace(
+        dae,
+        W=D.unsqueeze(-1) * dae.W / D,
+        U=D.unsqueeze(-1) * dae.U,
+        G=dae.G / D,
+        b_z=D * dae.bias_z,
+        Lambda=dae.Lambda / D**2,
+        V=None if dae.V is None else dae.V / D,
+    )
+
+
+def _identity_like(M: Tensor) -> Tensor:
+    return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+
+
+def _through(M: Tensor, b: Tensor) -> Tensor:
+    """A constant b sent through M: (..., q, p), (p,) → (q,). A constant image lives at frequency 0, the first one."""
+    flat = M.reshape(-1, *M.shape[-2:])[0]
+    return flat.real @ b if flat.is_complex() else flat @ b
+
+
+def _stack_rows(*parts: Tensor) -> Tensor:
+    """Rows on top of one another, those that are exactly zero left out."""
+    rows = torch.cat(parts, dim=-2)
+    alive = (rows != 0).any(dim=-1)
+    while alive.dim() > 1:
+        alive = alive.any(dim=0)
+    return _compress(rows[..., alive, :])
+
+
+def _compress(rows: Tensor) -> Tensor:
+    """At most n rows with the same V′V."""
+    return triangular_factor(rows) if rows.shape[-2] > rows.shape[-1] else rows

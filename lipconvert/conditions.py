@@ -1,0 +1,139 @@
+"""The conditions the paper states, on any DAE: (3), (4), (10), and the multipliers that make them strict.
+
+    X(Λ)    = 2Λ − ΛW − W′Λ                                                          left side of (3)   (FORMULAS 0.2)
+    H(Λ, L) = X(Λ) − G′G/L − ΛUU′Λ/L                                         left side of (4), (10)     (FORMULAS 0.1)
+
+Margins are least eigenvalues in the gauge Λ = I, that is of Λ^{-1/2} H Λ^{-1/2}: there they do not depend on how the
+states happen to be scaled. They are LAPACK's eigenvalues in float64, good to round-off; not yet a proof.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dae import DAE
+from .errors import InvalidParameterError
+from .spectrum import least_eigenvalue, roundoff
+
+
+def X_matrix(dae: DAE, Lambda: Tensor | None = None) -> Tensor:
+    """X(Λ) = 2Λ − ΛW − W′Λ, (..., n, n), float64. Λ defaults to the DAE's own. (FORMULAS 0.2)"""
+    Lambda = dae.Lambda if Lambda is None else Lambda
+    LW = Lambda.unsqueeze(-1) * dae.W
+    return 2.0 * torch.diag(Lambda) - LW - LW.mH
+
+
+def H_matrix(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Tensor:
+    """H(Λ, L) = X(Λ) − G′G/L − ΛUU′Λ/L, (..., n, n), float64. Λ and L default to the DAE's own. (FORMULAS 0.1)"""
+    Lambda = dae.Lambda if Lambda is None else Lambda
+    L = dae.lipschitz if lipschitz is None else lipschitz
+    LU = Lambda.unsqueeze(-1) * dae.U
+    return X_matrix(dae, Lambda) - (dae.G.mH @ dae.G + LU @ LU.mH) / L
+
+
+def unit_gauge(M: Tensor, Lambda: Tensor) -> Tensor:
+    """Λ^{-1/2} M Λ^{-1/2}, (..., n, n): the matrix in the gauge Λ = I (FORMULAS L4)."""
+    root = Lambda.rsqrt()
+    return root.unsqueeze(-1) * M * root
+
+
+def H_scale(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None) -> float:
+    """Size of the terms that add up to Λ^{-1/2} H Λ^{-1/2}: what its round-off is measured against."""
+    Lambda = dae.Lambda if Lambda is None else Lambda
+    L = dae.lipschitz if lipschitz is None else lipschitz
+    root = Lambda.sqrt()
+    W = root.unsqueeze(-1) * dae.W / root
+    terms = (2.0 * W, dae.G / root / L**0.5, root.unsqueeze(-1) * dae.U / L**0.5)
+    norms = [float(torch.linalg.matrix_norm(term).amax()) for term in terms]
+    return 2.0 + norms[0] + norms[1] ** 2 + norms[2] ** 2
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What `check` measured.
+
+    ``margin_3``: λ_min of X in the gauge Λ = I; > 0 means well-posed (Proposition 2.1). Half of it is μ, X ⪰ 2μΛ.
+    ``margin_10``: λ_min of H in the gauge Λ = I; ≥ 0 means L-Lipschitz if well-posed (Theorem 3.1), > 0 is (4)
+    (Proposition 2.2). ``least_eigenvalue``: λ_min of H itself. ``tolerance``: round-off of both margins.
+    ``well_posed``: (3) holds, or W is strictly lower triangular in some order of blocks (then z is explicit).
+    """
+
+    margin_3: float
+    margin_10: float
+    least_eigenvalue: float
+    tolerance: float
+    triangular: bool
+    lipschitz: float
+
+    @property
+    def condition_3(self) -> bool:
+        """X(Λ) ≻ 0 beyond round-off."""
+        return self.margin_3 > self.tolerance
+
+    @property
+    def condition_4(self) -> bool:
+        """H(Λ, L) ≻ 0 beyond round-off."""
+        return self.margin_10 > self.tolerance
+
+    @property
+    def condition_10(self) -> bool:
+        """H(Λ, L) ⪰ 0 up to round-off."""
+        return self.margin_10 >= -self.tolerance
+
+    @property
+    def well_posed(self) -> bool:
+        """A unique equilibrium exists for every input."""
+        return self.triangular or self.condition_3
+
+    @property
+    def mu(self) -> float:
+        """The largest μ with X ⪰ 2μΛ (0 when (3) fails): the monotonicity of I − W in the metric Λ."""
+        return max(self.margin_3 / 2.0, 0.0)
+
+
+def check(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Conditions:
+    """Measure conditions (3), (4) and (10) of a DAE at (Λ, L), by default its own.
+
+    ``Lambda`` (n,) positive. Returns `Conditions`; raises `InvalidParameterError` for Λ ≤ 0 or L ≤ 0.
+    """
+    Lambda = dae.Lambda if Lambda is None else Lambda.to(dae.Lambda)
+    L = dae.lipschitz if lipschitz is None else float(lipschitz)
+    if not bool((Lambda > 0).all()):
+        raise InvalidParameterError("Lambda", float(Lambda.min()), "every entry of Λ must be positive")
+    if not 0.0 < L < float("inf"):
+        raise InvalidParameterError("lipschitz", L, "a Lipschitz constant must be positive and finite")
+    H = H_matrix(dae, Lambda, L)
+    gauged = unit_gauge(H, Lambda)
+    scale = H_scale(dae, Lambda, L)
+    return Conditions(
+        margin_3=least_eigenvalue(unit_gauge(X_matrix(dae, Lambda), Lambda)),
+        margin_10=least_eigenvalue(gauged),
+        least_eigenvalue=least_eigenvalue(H),
+        tolerance=roundoff(gauged, scale),
+        triangular=bool((dae.W.triu() == 0).all()),
+        lipschitz=L,
+    )
+
+
+def strict_multiplier(dae: DAE, delta: float) -> Tensor:
+    """Λ_δ, (n,): a multiplier for which H(Λ_δ, L(1+δ)) ≻ 0 where the DAE's own Λ only gives H(Λ, L) ⪰ 0.
+
+        d_k = (1+δ)^{1 − 2(k+1)/(N+1)} on the block of layer k = 0..N−1,   1+δ on a leading identity block   (FORMULAS 3)
+
+    The weights fall from layer to layer, inside (1/(1+δ), 1+δ), so each layer passes a little less than it is given:
+    every direction that is tight at L gains. One-layer and equilibrium models keep Λ, for which H grows by
+    δ/(1+δ) (G′G + ΛUU′Λ)/L. Strict for SLL, CPL (also deeper than wide), AOL and Sandwich chains of any depth, and for
+    (G-)MonDEQ. For other DAEs `check(dae, strict_multiplier(dae, delta), L * (1 + delta))` tells.
+
+    Raises `InvalidParameterError` for δ ≤ 0.
+    """
+    if not delta > 0.0:
+        raise InvalidParameterError("delta", delta, "the relative inflation of L must be positive")
+    leading = dae.sigma.runs[0][0].name == "identity" and len(dae.blocks) > 1
+    N = len(dae.blocks) - leading
+    weights = [1.0 + delta] * leading + [(1.0 + delta) ** (1.0 - 2.0 * (k + 1) / (N + 1)) for k in range(N)]
+    sizes = torch.tensor(dae.blocks, device=dae.Lambda.device)
+    return dae.Lambda * dae.Lambda.new_tensor(weights).repeat_interleave(sizes)

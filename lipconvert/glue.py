@@ -1,0 +1,136 @@
+"""Modules that are kept as they are beside the LBEN stages, each affine with a known l2 Lipschitz constant.
+
+All act on a batch: the first dimension is the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
+
+
+class Normalize(nn.Module):
+    """(x − mean)/std per channel (dimension 1), (B, C, ...) → (B, C, ...); Lipschitz constant 1/min(std).
+
+    Part of the network, so that radii refer to the pixels the user perturbs. Numbers or one value per channel.
+    Raises `InvalidParameterError` for std ≤ 0, `ShapeError` for a wrong number of channels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0) -> None:
+        super().__init__()
+        m, s = torch.atleast_1d(torch.tensor(mean)), torch.atleast_1d(torch.tensor(std))
+        m, s = torch.broadcast_tensors(m.to(torch.get_default_dtype()), s.to(torch.get_default_dtype()))
+        self.register_buffer("mean", m.clone())
+        self.register_buffer("std", s.clone())
+        if m.dim() != 1 or not bool(torch.isfinite(m).all()) or not bool((torch.isfinite(s) & (s > 0)).all()):
+            raise InvalidParameterError("Normalize(mean, std)", (mean, std), "std must be positive, one per channel")
+
+    @property
+    def lipschitz(self) -> float:
+        """1/min(std)."""
+        return float(1.0 / self.std.double().min())
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = len(self.mean)
+        if x.dim() < 2 or channels not in (1, x.shape[1]):
+            raise ShapeError("the input of Normalize", f"(B, {channels}, ...)", tuple(x.shape))
+        shape = (1, channels, *[1] * (x.dim() - 2))
+        return (x - self.mean.reshape(shape)) / self.std.reshape(shape)
+
+
+class PadChannels(nn.Module):
+    """Append zero channels (or features): (B, c, ...) → (B, channels, ...); Lipschitz constant 1."""
+
+    lipschitz = 1.0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = int(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = self.channels - x.shape[1]
+        if missing < 0:
+            raise ShapeError("the input of PadChannels", f"at most {self.channels} channels", tuple(x.shape))
+        return functional.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
+
+
+class FirstFeatures(nn.Module):
+    """The first k features as the output: (B, n) → (B, k); Lipschitz constant 1."""
+
+    lipschitz = 1.0
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = int(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 2 or x.shape[1] < self.features:
+            raise ShapeError("the input of FirstFeatures", f"(B, at least {self.features})", tuple(x.shape))
+        return x[:, : self.features]
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}"
+
+
+class MeanPool(nn.Module):
+    """Non-overlapping k×k pooling scaled to norm 1: the sum over a window divided by k (not k²), so ‖MeanPool‖ = 1.
+
+    (B, c, h, w) → (B, c, h/k, w/k); the mean of a window times k. Raises `ShapeError` when k does not divide h and w.
+    """
+
+    lipschitz = 1.0
+
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__()
+        if kernel_size < 1:
+            raise InvalidParameterError("kernel_size", kernel_size, "it must be at least 1")
+        self.kernel_size = int(kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.kernel_size
+        if x.dim() != 4 or x.shape[2] % k or x.shape[3] % k:
+            raise ShapeError("the input of MeanPool", f"(B, c, h, w) with h and w multiples of {k}", tuple(x.shape))
+        return functional.avg_pool2d(x, k, divisor_override=k)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}"
+
+
+def core_lipschitz(module: nn.Module) -> float | None:
+    """The Lipschitz constant of a glue module the core knows, None for any other."""
+    if type(module) in (Normalize, PadChannels, FirstFeatures, MeanPool):
+        return float(module.lipschitz)
+    if type(module) in (nn.Flatten, nn.Identity, nn.Unflatten):
+        return 1.0
+    return None
+
+
+def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = "") -> tuple[Tensor, Tensor]:
+    """(M, b) of an affine module on flattened inputs, M (q, p), b (q,), float64: read off its values at 0 and the units.
+
+    Raises `UnsupportedModuleError` when its value at one more point shows that it is not affine.
+    """
+    size = torch.Size(input_shape).numel()
+    probe = torch.linspace(-2.0, 3.0, size).unsqueeze(0)
+    points = torch.cat([torch.zeros(1, size), torch.eye(size), probe]).double().reshape(-1, *input_shape)
+    with torch.no_grad():
+        images = module(points).flatten(1)
+    M, b = (images[1:-1] - images[0]).mT.contiguous(), images[0]
+    predicted = M @ points[-1].flatten() + b
+    # Round-off of a sum of `size` terms; a genuinely non-affine module misses by far more.
+    if not torch.allclose(predicted, images[-1], rtol=1e-9, atol=1e-9 * float(images.abs().amax())):
+        raise UnsupportedModuleError(
+            path, type(module).__name__, "it is not affine, so it has no place in a single DAE."
+        )
+    return M, b

@@ -1,0 +1,63 @@
+"""The whole plugin contract. Register a module of `hookimpl` functions under the entry-point group ``lipconvert``.
+
+A model is brought to z = σ(Wz + Ux + b_z), y = Gz + b_y with a positive diagonal Λ such that
+2Λ − ΛW − W′Λ − G′G/L − ΛUU′Λ/L ⪰ 0; then it is L-Lipschitz. Everything else is done by the core.
+An implementation names only the arguments it needs. Only ``to_dae`` and ``example_models`` are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+from torch import Tensor, nn
+
+from .dae import DAE
+
+hookspec = pluggy.HookspecMarker("lipconvert")
+hookimpl = pluggy.HookimplMarker("lipconvert")
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """What a plugin says of itself: ``name``, ``paper``, ``lipschitz`` (formula of L), ``covers`` (layers and models)."""
+
+    name: str
+    paper: str
+    lipschitz: str
+    covers: str
+
+
+@hookspec
+def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None) -> DAE | tuple[Tensor, ...] | None:  # type: ignore[empty-body]
+    """(W, U, G, Λ) of one layer or one model, or None: not mine. A tuple means zero biases, ReLU everywhere, L = 1.
+
+    The model is float64 and in eval mode. ``input_shape``: of one sample, where known.
+    """
+
+
+@hookspec
+def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:  # type: ignore[empty-body]
+    """A model with these weights, or None: not mine. Raise `MissingOptionError` for what the file does not hold."""
+
+
+@hookspec
+def glue_lipschitz(module: nn.Module) -> float | None:  # type: ignore[empty-body]
+    """An upper bound of the l2 Lipschitz constant of a module that is kept as it is, or None: not mine."""
+
+
+@hookspec
+def example_models(seed: int) -> Sequence[nn.Module]:  # type: ignore[empty-body]
+    """Small instances for the conformance suite, each with ``input_shape``; the same for the same seed."""
+
+
+@hookspec
+def new_model(inputs: int, classes: int, seed: int) -> nn.Module | None:  # type: ignore[empty-body]
+    """A small untrained classifier of flat inputs, for the demo and for training from scratch."""
+
+
+@hookspec
+def describe() -> PluginInfo:  # type: ignore[empty-body]
+    """Name, paper, formula of L, what is covered: the rows of ``lipconvert plugins``."""

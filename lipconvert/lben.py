@@ -1,0 +1,220 @@
+"""The Lipschitz-bounded equilibrium network as a torch module.
+
+    W = I − Ψ( G′G/2L + Ψ⁻¹UU′Ψ⁻¹/2L + V′V + S − S′ + εI ),  Ψ = exp(log_psi)                      (paper eq. 2)
+    z = σ(Wz + Ux + b_z),  y = Gz + b_y
+
+W is never a parameter: it is rebuilt from (log_psi, G, U, V, S), for which H(Ψ⁻¹, L) = 2V′V + 2εI ⪰ 0 whatever their
+values (FORMULAS 0.6). So L survives every optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .activations import Activation, Activations, activation_of
+from .construction import assemble, construct
+from .dae import DAE
+from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, solve
+from .errors import InvalidParameterError, ShapeError
+from .state_map import StateMap, triangular_blocks
+
+
+class LBEN(nn.Module):
+    """An L-Lipschitz equilibrium network x (..., p) → y (..., q) with n states, trainable without constraints.
+
+    ``LBEN(p, n, q)`` starts from random weights (the paper's baseline); ``LBEN.from_dae(dae)`` from a converted network.
+    ``lipschitz``: L. ``epsilon``: ε ≥ 0; with ε > 0 it is well-posed for all parameters (H ≻ 0, Proposition 2.2), with
+    ε = 0 only as long as (3) holds (`lipconvert.check`). ``activation``: one for all states, or `Activations`.
+    ``options``: how its equilibria are solved.
+
+    Parameters: log_psi (n,), G (q, n), U (n, p), V (n, n), S (n, n), b_z (n,), b_y (q,).
+    Forward raises `ShapeError` for inputs that do not fit and `NotConvergedError`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        states: int,
+        out_features: int,
+        *,
+        lipschitz: float = 1.0,
+        epsilon: float = 1e-2,
+        activation: nn.Module | str | Activation | Activations = "relu",
+        options: SolverOptions = DEFAULT,
+        name: str = "lben",
+    ) -> None:
+        super().__init__()
+        for label, size in (("in_features", in_features), ("states", states), ("out_features", out_features)):
+            if size < 1:
+                raise InvalidParameterError(label, size, "it must be at least 1")
+        if not 0.0 < lipschitz < float("inf"):
+            raise InvalidParameterError("lipschitz", lipschitz, "a Lipschitz constant must be positive and finite")
+        if not 0.0 <= epsilon < float("inf"):
+            raise InvalidParameterError("epsilon", epsilon, "it must be finite and not negative")
+        if isinstance(activation, Activations):
+            self.sigma = activation
+        else:
+            self.sigma = Activations(activation_of(activation), states)
+        if len(self.sigma) != states:
+            raise ShapeError("activations", f"{states} rows", f"{len(self.sigma)} rows")
+        self.lipschitz, self.epsilon = float(lipschitz), float(epsilon)
+        self.options, self.name = options, name
+        self.blocks: tuple[int, ...] = (states,)
+        self.log_psi = nn.Parameter(torch.zeros(states))
+        self.G = nn.Parameter(torch.empty(out_features, states))
+        self.U = nn.Parameter(torch.empty(states, in_features))
+        self.V = nn.Parameter(torch.empty(states, states))
+        self.S = nn.Parameter(torch.empty(states, states))
+        self.b_z = nn.Parameter(torch.zeros(states))
+        self.b_y = nn.Parameter(torch.zeros(out_features))
+        self._inference: tuple[object, StateMap, slice] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random weights of size 1/√fan-in; Ψ = I, zero biases."""
+        for weight in (self.G, self.U, self.V, self.S):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for bias in (self.log_psi, self.b_z, self.b_y):
+            nn.init.zeros_(bias)
+
+    @classmethod
+    def from_dae(cls, dae: DAE, epsilon: float = 0.0, delta: float = 0.0, options: SolverOptions = DEFAULT) -> LBEN:
+        """The LBEN with the same function and constant as a DAE, in float64; see `lipconvert.construction.construct`."""
+        P = construct(dae, epsilon, delta)
+        self = cls(
+            dae.inputs,
+            dae.states,
+            dae.outputs,
+            lipschitz=P.lipschitz,
+            epsilon=P.epsilon,
+            activation=dae.sigma,
+            options=options,
+            name=dae.name,
+        ).to(device=dae.W.device, dtype=torch.float64)
+        self.blocks = triangular_blocks(dae.W) or (dae.states,)
+        with torch.no_grad():
+            self.V.zero_()
+            self.V[: len(P.V)] = P.V
+            for parameter, value in (
+                (self.log_psi, P.Psi.log()),
+                (self.G, P.G),
+                (self.U, P.U),
+                (self.S, P.S),
+                (self.b_z, dae.bias_z),
+                (self.b_y, dae.bias_y),
+            ):
+                parameter.copy_(value)
+        return self
+
+    @property
+    def Psi(self) -> Tensor:
+        """Ψ = exp(log_psi), the diagonal, (n,); Λ = Ψ⁻¹."""
+        return self.log_psi.exp()
+
+    @property
+    def W(self) -> Tensor:
+        """W (n, n) rebuilt from the parameters, differentiable. (paper eq. 2)"""
+        return assemble(self.Psi, self.G, self.U, self.V, self.S, self.epsilon, self.lipschitz)
+
+    def dae(self) -> DAE:
+        """The network as a DAE (float64, detached): W rebuilt in float64, Λ = Ψ⁻¹, V with V′V + εI = H/2 left out."""
+        with torch.no_grad():
+            P = [p.double() for p in (self.Psi.double(), self.G, self.U, self.V, self.S)]
+            P[0] = self.log_psi.double().exp()
+            W = assemble(*P, self.epsilon, self.lipschitz)
+        return DAE(
+            W,
+            P[2],
+            P[1],
+            P[0].reciprocal(),
+            self.b_z,
+            self.b_y,
+            self.sigma,
+            self.lipschitz,
+            blocks=self.blocks,
+            name=self.name,
+        )
+
+    def state_map(self) -> StateMap:
+        """z → Wz for the weights as they are, assembled once per change of them.
+
+        A change is seen through the parameters' version counters; after writing through ``parameter.data`` (which torch
+        does not count) call `refresh`.
+        """
+        return self._assembled()[0]
+
+    def refresh(self) -> None:
+        """Forget the assembled W."""
+        self._inference = None
+
+    def _assembled(self) -> tuple[StateMap, slice]:
+        tensors = (self.log_psi, self.G, self.U, self.V, self.S)
+        key = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in tensors)
+        if self._inference is None or self._inference[0] != key:
+            with torch.no_grad():
+                map = StateMap(self.W, self.blocks, self.Psi.reciprocal())
+                driven = (self.U != 0).any(1).nonzero().flatten()
+            rows = slice(int(driven[0]), int(driven[-1]) + 1) if len(driven) else slice(0, 0)
+            self._inference = (key, map, rows)
+        return self._inference[1], self._inference[2]
+
+    def drive(self, x: Tensor) -> Tensor:
+        """Ux + b_z without gradient; only the rows of U that hold anything are multiplied (B, p) → (B, n)."""
+        _, rows = self._assembled()
+        u = self.b_z.expand(len(x), -1).clone()
+        u[:, rows] += x @ self.U[rows].mT
+        return u
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if x.dim() < 1 or x.shape[-1] != self.U.shape[1]:
+            raise ShapeError(f"the input of {self.name!r}", f"(..., {self.U.shape[1]})", tuple(x.shape))
+        return x.reshape(-1, x.shape[-1])
+
+    def solve(self, x: Tensor, options: SolverOptions | None = None) -> Solution:
+        """The states z (B, n) of a batch x (B, p), with status, residual and steps per sample; no gradient."""
+        with torch.no_grad():
+            return solve(self.state_map(), self.sigma, self.drive(self._flat(x)), options or self.options)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., p) -> (..., q)
+        """y = Gz + b_y."""
+        flat = self._flat(x)
+        weights = (self.log_psi, self.G, self.U, self.V, self.S)
+        if not torch.is_grad_enabled():
+            z = self.solve(flat).value
+        else:
+            u = functional.linear(flat, self.U, self.b_z)
+            if any(p.requires_grad for p in weights):
+                W = self.W
+                map = StateMap(W, self.blocks, self.Psi.detach().reciprocal())
+            else:
+                map = self.state_map()
+                W = map.W
+            z = equilibrium(W, u, self.sigma, map, self.options)
+        return functional.linear(z, self.G, self.b_y).reshape(*x.shape[:-1], -1)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""
+        return {
+            "lipschitz": self.lipschitz,
+            "epsilon": self.epsilon,
+            "activations": [[str(activation), size] for activation, size in self.sigma],
+            "blocks": list(self.blocks),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.lipschitz, self.epsilon = float(state["lipschitz"]), float(state["epsilon"])
+        runs: Sequence[tuple[str, int]] = state["activations"]
+        self.sigma = Activations.of((name, size) for name, size in runs)
+        self.blocks = tuple(state["blocks"])
+        self.refresh()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.U.shape[1]} inputs, {len(self.b_z)} states, {len(self.b_y)} outputs, "
+            f"L={self.lipschitz:g}, epsilon={self.epsilon:g}, {self.sigma!r}"
+        )

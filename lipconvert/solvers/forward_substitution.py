@@ -1,0 +1,25 @@
+"""Forward substitution: exact for a strictly block lower triangular W, one pass over its blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..state_map import StateMap
+
+if TYPE_CHECKING:
+    from . import Elementwise
+
+
+def forward_substitution(map: StateMap, sigma: Elementwise, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve z = σ(Tz + u), T the strictly triangular part of W: z_k = σ_k(Σ_{j<k} W_kj z_j + u_k).
+
+    ``u`` (B, n). Returns z (B, n) and a bound of ‖z − σ(Wz + u)‖ (B,): σ is 1-Lipschitz, so it is at most
+    ‖W − T‖ ‖z‖, which is 0 for a triangular W and round-off for one rebuilt from LBEN parameters. (FORMULAS 5)
+    """
+    z = torch.empty_like(u)
+    for block in map.order:
+        z[:, block] = sigma[block](map.rows_below(block, z).add_(u[:, block]))
+    return z, map.remainder * torch.linalg.vector_norm(z, dim=-1)

@@ -1,0 +1,165 @@
+"""z → Wz, and everything a solver, an adjoint or an error bound asks of it.
+
+Solvers never touch W itself: they apply it, apply its rows block by block, invert I + α(I − W), and take the adjoint.
+Another representation of W (per frequency, factored) is another class with these methods.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidParameterError, ShapeError
+
+
+def triangular_blocks(W: Tensor) -> tuple[int, ...] | None:
+    """The fewest consecutive blocks for which W (..., n, n) is strictly block lower triangular, or None if there are none.
+
+    Exact zeros decide. A row starts a new block when it reads a state of the current one.
+    """
+    n = W.shape[-1]
+    nonzero = (W != 0).reshape(-1, n, n).any(0) if n else W.new_zeros(0, 0, dtype=torch.bool)
+    columns = torch.arange(1, n + 1, device=W.device)
+    reach = (nonzero * columns).amax(-1).tolist() if n else []  # row i reads states 0 .. reach[i] - 1
+    starts = [0]
+    for row, last in enumerate(reach):
+        if last > row:
+            return None
+        if last > starts[-1]:
+            starts.append(row)
+    return tuple(b - a for a, b in zip(starts, [*starts[1:], n], strict=True)) if n else ()
+
+
+class StateMap:
+    """A dense W (n, n) with its block structure; states are rows of a batch, (B, n).
+
+    ``blocks``: sizes of the blocks that substitution and sweeps go by; by default those for which W is exactly strictly
+    lower triangular, else one block. ``Lambda`` (n,): a diagonal metric in which I − W is monotone, for step sizes and
+    error bounds; None if unknown. ``remainder``: a bound of ‖W − T‖ for the strictly block lower triangular part T
+    that `rows_below` applies, 0 for an exactly triangular W.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        blocks: tuple[int, ...] | None = None,
+        Lambda: Tensor | None = None,
+        *,
+        reverse: bool = False,
+    ) -> None:
+        if W.dim() != 2 or W.shape[0] != W.shape[1]:
+            raise ShapeError("W", "(n, n)", tuple(W.shape))
+        self.W = W.detach()
+        self.states = W.shape[0]
+        self.blocks = blocks or triangular_blocks(self.W) or (self.states,)
+        if sum(self.blocks) != self.states:
+            raise ShapeError("blocks", f"sizes that add up to {self.states}", self.blocks)
+        self.Lambda = Lambda
+        self.reverse = reverse
+        starts = [0, *accumulate(self.blocks)]
+        self._slices = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+
+    @property
+    def order(self) -> list[slice]:
+        """The blocks in the order in which they are evaluated (backwards for the adjoint of a lower triangular W)."""
+        return self._slices[::-1] if self.reverse else self._slices
+
+    @cached_property
+    def adjoint(self) -> StateMap:
+        """p → W′p, monotone in the metric Λ⁻¹, evaluated backwards."""
+        metric = None if self.Lambda is None else self.Lambda.reciprocal()
+        return StateMap(self.W.mT, self.blocks, metric, reverse=not self.reverse)
+
+    def apply(self, z: Tensor) -> Tensor:  # (B, n) -> (B, n)
+        """W z for each sample."""
+        return z @ self.W.mT
+
+    def rows(self, block: slice, z: Tensor) -> Tensor:  # (B, n) -> (B, size of block)
+        """The rows of one block of W z."""
+        return z @ self.W[block].mT
+
+    @cached_property
+    def _windows(self) -> dict[int, slice]:
+        """For each block the states before it (in evaluation order) that it reads, as one slice.
+
+        Leading blocks whose entries are round-off of the largest entry of W are left out (a chain reads only its
+        predecessor) and counted in ``remainder``.
+        """
+        windows = {}
+        floor = 8.0 * torch.finfo(self.W.dtype).eps * float(self.W.abs().amax()) if self.states else 0.0
+        for block in self._slices:
+            before = slice(block.stop, self.states) if self.reverse else slice(0, block.start)
+            significant = (self.W[block, before].abs() > floor).any(0).nonzero().flatten()
+            if significant.numel() == 0:
+                windows[block.start] = slice(before.start, before.start)
+            elif self.reverse:
+                windows[block.start] = slice(before.start, before.start + int(significant[-1]) + 1)
+            else:
+                windows[block.start] = slice(before.start + int(significant[0]), before.stop)
+        return windows
+
+    def rows_below(self, block: slice, z: Tensor) -> Tensor:  # (B, n) -> (B, size of block)
+        """The rows of one block of T z, T the strictly triangular part: only states evaluated before are read."""
+        window = self._windows[block.start]
+        return z[:, window] @ self.W[block, window].mT
+
+    @cached_property
+    def remainder(self) -> float:
+        """An upper bound of ‖W − T‖₂: the Frobenius norm, refined to ‖(EE′)²‖_F^{1/4}, E = W − T, where it is small.
+
+        ‖E‖_F may be √n ‖E‖₂ for the round-off left by rebuilding W; only there does the difference decide anything.
+        """
+        if not self.states:
+            return 0.0
+        E = self.W.clone()
+        for block in self._slices:
+            E[block, self._windows[block.start]] = 0.0
+        frobenius = float(torch.linalg.matrix_norm(E))
+        if not 0.0 < frobenius < 1e-3:
+            return frobenius
+        E = E / frobenius
+        gram = E @ E.mT
+        return frobenius * min(1.0, float(torch.linalg.matrix_norm(gram @ gram)) ** 0.25)
+
+    def resolvent(self, v: Tensor, alpha: float) -> Tensor:  # (B, n) -> (B, n)
+        """(I + α(I − W))⁻¹ v for each sample, through one LU factorisation per α."""
+        LU, pivots = self._factor(alpha)
+        return torch.linalg.lu_solve(LU, pivots, v.mT).mT
+
+    def _factor(self, alpha: float) -> tuple[Tensor, Tensor]:
+        if alpha not in self._factors:
+            eye = torch.eye(self.states, dtype=self.W.dtype, device=self.W.device)
+            LU, pivots = torch.linalg.lu_factor((1.0 + alpha) * eye - alpha * self.W)
+            self._factors[alpha] = (LU, pivots)
+        return self._factors[alpha]
+
+    @cached_property
+    def _factors(self) -> dict[float, tuple[Tensor, Tensor]]:
+        return {}
+
+    @cached_property
+    def monotonicity(self) -> tuple[float, float]:
+        """(μ, ℓ) of I − W in the metric Λ: ⟨(I − W)e, e⟩_Λ ≥ μ|e|²_Λ and |(I − W)e|_Λ ≤ ℓ|e|_Λ; X(Λ) ⪰ 2μΛ."""
+        if self.Lambda is None:
+            raise InvalidParameterError("Lambda", None, "a diagonal metric is needed to know how monotone I - W is")
+        root = self.Lambda.to(self.W).sqrt()
+        A = torch.eye(self.states, dtype=self.W.dtype, device=self.W.device) - root.unsqueeze(-1) * self.W / root
+        return float(torch.linalg.eigvalsh(0.5 * (A + A.mT))[0]), float(torch.linalg.matrix_norm(A, 2))
+
+    @cached_property
+    def comparison(self) -> Tensor | None:
+        """N = (I − |W|)⁻¹ ≥ 0 (n, n) if the spectral radius of |W| is below 1, else None.
+
+        Then z = σ(Wz + u) is well-posed, and |σ(Wz + u) − z*| ≤ N |W| |z − σ(Wz + u)| entry by entry. It covers every
+        triangular W, also where no metric gives μ > 0.
+        """
+        size = self.W.abs()
+        eye = torch.eye(self.states, dtype=size.dtype, device=size.device)
+        weight, singular = torch.linalg.solve_ex(eye - size, torch.ones_like(size[:, :1]))
+        # Collatz-Wielandt: a positive w with |W| w < w proves the radius below 1.
+        if int(singular) or not bool((weight > 0).all()) or not bool((size @ weight < weight).all()):
+            return None
+        return torch.linalg.inv(eye - size)

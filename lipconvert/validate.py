@@ -1,0 +1,152 @@
+"""Is the converted network the same function, with the same constant? Measured, reported, and a verdict."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .conditions import check
+from .convert import group, stage_dae, trace
+from .dae import DAE
+from .equilibrium import equilibrium
+from .errors import EquivalenceError, ShapeError
+from .lben import LBEN
+from .network import Network
+from .schema import CheckResult, ValidationReport
+from .state_map import StateMap
+
+# What a conversion promises, relative: outputs, input gradients, W. Float32 rounds the parameters themselves.
+TOLERANCE = {torch.float64: (1e-10, 1e-8, 1e-12), torch.float32: (1e-5, 1e-3, 1e-5)}
+# H(Ψ⁻¹, L) = 2V′V + 2εI ⪰ 0 by construction; what is measured is round-off in the gauge-free matrix.
+EIGENVALUE = {torch.float64: 1e-12, torch.float32: 1e-5}
+JACOBIAN = 1e-6
+
+
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """∂f/∂x for each sample of a batch, (B, ...) → (B, q, p), by one backward pass for each output."""
+    x = x.detach().clone().requires_grad_(True)
+    y = function(x)
+    rows = [torch.autograd.grad(y[:, k].sum(), x, retain_graph=True)[0].flatten(1) for k in range(y.shape[1])]
+    return torch.stack(rows, dim=1)
+
+
+def evaluate_dae(dae: DAE, x: Tensor) -> Tensor:
+    """y = Gz + b_y with z = σ(Wz + Ux + b_z), float64, differentiable in x (B, p) → (B, q)."""
+    z = equilibrium(dae.W, x @ dae.U.mT + dae.bias_z, dae.sigma, StateMap(dae.W, Lambda=dae.Lambda))
+    return z @ dae.G.mT + dae.bias_y
+
+
+def validate(
+    model: nn.Module,
+    net: Network,
+    inputs: Tensor | None = None,
+    *,
+    delta: float = 0.0,
+    throw: bool = True,
+    plugin: str | None = None,
+) -> ValidationReport:
+    """Compare a source network with its DAEs and with its converted form.
+
+    On ``inputs`` (B, *input_shape), 64 standard normal samples by default: outputs and input-gradients of source, DAE and
+    LBEN; for each stage W rebuilt against W, λ_min of H(Ψ⁻¹, L) and L(1 + δ); the Jacobian's 2-norm against L(1 + 1e-6).
+    Tolerances are those of the converted network's dtype (float64: 1e-10 outputs, 1e-8 gradients, 1e-12 W and H; float32:
+    1e-5, 1e-3, 1e-5), relative to the largest entry compared (W: to max(1, ‖W‖), H: to max(1, ‖Λ‖)).
+    ``delta``: the δ the network was converted with.
+
+    Raises `EquivalenceError` with the report when a check fails, unless ``throw`` is False; `ShapeError` for inputs that
+    do not fit; whatever converting the source raises.
+    """
+    steps = trace(model, net.input_shape, plugin)
+    groups = group(steps)
+    if len(groups) != len(net.steps):
+        raise ShapeError("the converted network", f"{len(groups)} steps as its source has", f"{len(net.steps)} steps")
+    if inputs is None:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(64, *net.input_shape, generator=generator, dtype=torch.float64)
+    elif tuple(inputs.shape[1:]) != net.input_shape or not len(inputs):
+        raise ShapeError("inputs", ("B", *net.input_shape), tuple(inputs.shape))
+    dtype = next((p.dtype for p in net.parameters()), torch.float64)
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    source = copy.deepcopy(model).double().eval()
+    network = copy.deepcopy(net).eval()
+    for module in (source, network):
+        module.requires_grad_(False)
+    daes = [None if g[0].dae is None else stage_dae(g) for g in groups]
+
+    def through_daes(x: Tensor) -> Tensor:
+        for members, dae in zip(groups, daes, strict=True):
+            x = members[0].module(x) if dae is None else evaluate_dae(dae, x)
+        return x
+
+    def through_network(x: Tensor) -> Tensor:
+        return network(x.to(device, dtype)).to("cpu", torch.float64)
+
+    x = inputs.detach().to("cpu", torch.float64)
+    if dtype is torch.float32:
+        x = x.float().double()  # the same inputs for both
+    output_tolerance, gradient_tolerance, W_tolerance = TOLERANCE[dtype]
+    checks: list[CheckResult] = []
+
+    def at_most(name: str, where: str, value: float, bound: float) -> None:
+        checks.append(_result(name, where, value, bound, "<="))
+
+    with torch.no_grad():
+        expected = source(x)
+        at_most("output: DAE - source", "network", _relative(through_daes(x), expected), output_tolerance)
+        at_most("output: LBEN - source", "network", _relative(through_network(x), expected), output_tolerance)
+    J, J_dae, J_net = (jacobian(f, x) for f in (source, through_daes, through_network))
+    at_most("input gradient: DAE - source", "network", _relative(J_dae, J), gradient_tolerance)
+    at_most("input gradient: LBEN - source", "network", _relative(J_net, J), gradient_tolerance)
+    norm = float(torch.linalg.matrix_norm(J_net, 2).amax())
+    at_most("Jacobian 2-norm / L", "network", norm / net.lipschitz, 1.0 + JACOBIAN)
+    for dae, stage in zip(daes, network.steps, strict=True):
+        if dae is None or not isinstance(stage, LBEN):
+            continue
+        rebuilt = stage.dae()
+        if (rebuilt.states, rebuilt.inputs, rebuilt.outputs) != (dae.states, dae.inputs, dae.outputs):
+            raise ShapeError(f"stage {stage.name!r}", repr(dae), repr(rebuilt))
+        W_error = float(torch.linalg.matrix_norm(rebuilt.W - dae.W))
+        at_most("W rebuilt - W", stage.name, W_error / max(1.0, float(torch.linalg.matrix_norm(dae.W))), W_tolerance)
+        allowance = EIGENVALUE[dtype] * max(1.0, float(rebuilt.Lambda.max()))
+        least = check(rebuilt).least_eigenvalue
+        checks.append(_result("least eigenvalue of H", stage.name, least, -allowance, ">="))
+        # L is carried as a number, never recomputed: equal up to the rounding of L(1 + δ).
+        at_most("L of the stage - L of its DAE", stage.name, abs(stage.lipschitz / dae.lipschitz - 1.0 - delta), 1e-14)
+    report = ValidationReport(
+        model=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        samples=len(x),
+        lipschitz=net.lipschitz,
+        methods=network.methods(x[:8].to(device, dtype)),
+        checks=checks,
+        passed=all(result.passed for result in checks),
+    )
+    if throw and not report.passed:
+        failed = [f"{c.name} ({c.where}): {c.value} is not {c.relation} {c.bound:g}" for c in checks if not c.passed]
+        raise EquivalenceError(report, failed)
+    return report
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    """max|actual − expected| / max|expected| (the difference itself where everything expected is 0)."""
+    if actual.shape != expected.shape:
+        raise ShapeError("the compared output", tuple(expected.shape), tuple(actual.shape))
+    size = float(expected.abs().max())
+    return float((actual - expected).abs().max()) / (size if size > 0.0 else 1.0)
+
+
+def _result(name: str, where: str, value: float, bound: float, relation: Literal["<=", ">="]) -> CheckResult:
+    passed = value <= bound if relation == "<=" else value >= bound
+    return CheckResult(
+        name=name,
+        where=where,
+        value=value if math.isfinite(value) else None,
+        bound=bound,
+        relation=relation,
+        passed=passed,
+    )

@@ -1,0 +1,53 @@
+"""A Lipschitz-bounded equilibrium network trained from scratch: the paper's baseline (Revay et al. 2020; paper eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipconvert import DAE, LBEN, MissingOptionError, PluginInfo, hookimpl
+
+KEYS = {"log_psi", "G", "U", "V", "S", "b_z", "b_y"}
+
+
+@hookimpl
+def to_dae(model: nn.Module) -> DAE | None:
+    """Λ = Ψ⁻¹, for which H = 2V′V + 2εI (FORMULAS 0.6)."""
+    return model.dae() if isinstance(model, LBEN) else None
+
+
+@hookimpl
+def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
+    if set(state_dict) != KEYS:
+        return None
+    for option, meaning in (("lipschitz", "the prescribed constant γ"), ("epsilon", "ε of eq. 2")):
+        if option not in options:
+            raise MissingOptionError("lben", option, meaning)
+    n, p = state_dict["U"].shape
+    model = LBEN(
+        p, n, len(state_dict["b_y"]), lipschitz=float(options["lipschitz"]), epsilon=float(options["epsilon"])
+    ).to(state_dict["U"].dtype)
+    for name, value in state_dict.items():
+        with torch.no_grad():
+            getattr(model, name).copy_(value)
+    return model
+
+
+@hookimpl
+def example_models(seed: int) -> list[nn.Module]:
+    torch.manual_seed(seed)
+    return [LBEN(5, 8, 3), LBEN(4, 6, 2, lipschitz=2.0, epsilon=0.1, activation="tanh")]
+
+
+@hookimpl
+def new_model(inputs: int, classes: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return LBEN(inputs, inputs, classes)
+
+
+@hookimpl
+def describe() -> PluginInfo:
+    return PluginInfo("LBEN", "Revay et al. 2020, arXiv:2010.01732", "prescribed", "LBEN")
