@@ -91,9 +91,9 @@ class Activation:
             low, high = torch.where(value < 0, t, low), torch.where(value > 0, t, high)
             newton = t - value / (alpha + (1.0 - alpha) * self.slope(t))
             following = torch.where((newton >= low) & (newton <= high), newton, 0.5 * (low + high))
-            if torch.equal(following, t):
+            step, t = (following - t).abs(), following
+            if bool((step <= 4.0 * torch.finfo(v.dtype).eps * (1.0 + t.abs())).all()):
                 break
-            t = following
         return self(t)
 
 

@@ -225,8 +225,11 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable hides the name of ctx)
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, Tensor, None, None, None]:
         z, u = ctx.saved_tensors
+        (g,) = grad_outputs
         D = ctx.sigma.slope(ctx.map.apply(z) + u)
         p = solve(ctx.map.adjoint, _Slopes(D), g, ctx.options).value
         return (p.mT @ z if ctx.needs_input_grad[0] else None), p, None, None, None

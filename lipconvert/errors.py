@@ -165,6 +165,28 @@ class WeightsError(LipconvertError):
         super().__init__(f"{path}: {reason}")
 
 
+class ModelError(LipconvertError):
+    """A model named as ``package.module:factory`` cannot be had: not found, not callable, it fails, or gives no module.
+
+    Attributes: ``spec`` (the name as it was given).
+    """
+
+    def __init__(self, spec: str, reason: str) -> None:
+        self.spec = spec
+        super().__init__(f"model {spec!r}: {reason}")
+
+
+class DataError(LipconvertError):
+    """A data set is not there, or its files are damaged.
+
+    Attributes: ``name`` of the set.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        super().__init__(f"data set {name!r}: {reason}")
+
+
 class MissingOptionError(LipconvertError):
     """A weights file was recognised, but a number it does not hold is needed to rebuild the model.
 

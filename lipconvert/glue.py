@@ -109,8 +109,8 @@ class MeanPool(nn.Module):
 
 def core_lipschitz(module: nn.Module) -> float | None:
     """The Lipschitz constant of a glue module the core knows, None for any other."""
-    if type(module) in (Normalize, PadChannels, FirstFeatures, MeanPool):
-        return float(module.lipschitz)
+    if isinstance(module, Normalize | PadChannels | FirstFeatures | MeanPool):
+        return module.lipschitz
     if type(module) in (nn.Flatten, nn.Identity, nn.Unflatten):
         return 1.0
     return None

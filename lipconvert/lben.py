@@ -124,14 +124,14 @@ class LBEN(nn.Module):
     def dae(self) -> DAE:
         """The network as a DAE (float64, detached): W rebuilt in float64, Λ = Ψ⁻¹, V with V′V + εI = H/2 left out."""
         with torch.no_grad():
-            P = [p.double() for p in (self.Psi.double(), self.G, self.U, self.V, self.S)]
-            P[0] = self.log_psi.double().exp()
-            W = assemble(*P, self.epsilon, self.lipschitz)
+            Psi = self.log_psi.double().exp()
+            G, U, V, S = (p.double() for p in (self.G, self.U, self.V, self.S))
+            W = assemble(Psi, G, U, V, S, self.epsilon, self.lipschitz)
         return DAE(
             W,
-            P[2],
-            P[1],
-            P[0].reciprocal(),
+            U,
+            G,
+            Psi.reciprocal(),
             self.b_z,
             self.b_y,
             self.sigma,

@@ -59,7 +59,7 @@ class Registry:
         # From a source checkout the metadata of one installation is found twice: compare, do not count.
         found: dict[str, dict[tuple[str, str, str], EntryPoint]] = defaultdict(dict)
         for entry in entry_points(group=GROUP):
-            found[entry.name][_source(entry) + (entry.value,)] = entry
+            found[entry.name][(*_source(entry), entry.value)] = entry
         restriction = os.environ.get(RESTRICT)
         wanted = sorted(found) if restriction is None else [n.strip() for n in restriction.split(",") if n.strip()]
         for name in wanted:
@@ -78,7 +78,7 @@ class Registry:
         distribution, version = _source(entry)
         try:
             module = entry.load()
-        except Exception as error:  # whatever a stranger's import raises must not take the other plugins down
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's import raises must not take the other plugins down
             reason = f"{type(error).__name__}: {error}"
             self._plugins[entry.name] = Plugin(entry.name, distribution, version, entry.value, error=reason)
             return

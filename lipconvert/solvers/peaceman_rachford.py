@@ -21,14 +21,14 @@ class PeacemanRachford:
 
     λ = 1 is Peaceman-Rachford; it converges when I − W is strongly monotone in some diagonal metric (condition (3)).
     λ = 1/2 is Douglas-Rachford, which needs monotonicity only and is slower. Since (I + α(I − W))z = t + αu,
-    Wz + u = ((1 + α)z − t)/α comes for free and with it the exact residual of z.
-    (Winston & Kolter 2020; α = 1 by default, for which prox_{αf} = σ for every activation.)
+    Wz + u = ((1 + α)z − t)/α comes for free and with it the exact residual of z. α defaults to the map's own
+    `splitting_step`. (Winston & Kolter 2020)
     """
 
     name = "peaceman_rachford"
 
-    def __init__(self, alpha: float = 1.0, relaxation: float = 1.0) -> None:
-        if not (alpha > 0.0 and 0.0 < relaxation <= 1.0):
+    def __init__(self, alpha: float | None = None, relaxation: float = 1.0) -> None:
+        if not ((alpha is None or alpha > 0.0) and 0.0 < relaxation <= 1.0):
             raise InvalidParameterError("alpha, relaxation", (alpha, relaxation), "α must be positive and λ in (0, 1]")
         self.alpha, self.relaxation = alpha, relaxation
 
@@ -37,7 +37,7 @@ class PeacemanRachford:
 
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
         (t,) = state
-        alpha = self.alpha
+        alpha = map.splitting_step if self.alpha is None else self.alpha
         z = map.resolvent(t + alpha * u, alpha)
         residual = torch.linalg.vector_norm(z - sigma(((1.0 + alpha) * z - t) / alpha), dim=-1)
         t = t + 2.0 * self.relaxation * (sigma.prox(2.0 * z - t, alpha) - z)

@@ -59,11 +59,11 @@ class MonotoneDEQ(nn.Module):
         self.input_shape = (in_features,)
         if lipschitz is not None:
             # Without trivialisation Q is computed from the parameters alone: orthogonal to the precision of their dtype.
-            self.U = orthogonal(self.U, use_trivialization=False)
+            orthogonal(self.U, use_trivialization=False)
             if self.Wout is not None:
                 if self.Wout.out_features > hidden:
                     raise InvalidParameterError("out_features", out_features, f"at most the {hidden} hidden states")
-                self.Wout = orthogonal(self.Wout, use_trivialization=False)
+                orthogonal(self.Wout, use_trivialization=False)
 
     def phi(self) -> Tensor:
         """The diagonal of Φ, (hidden,), positive."""
