@@ -9,7 +9,7 @@
 Only the names below are promised.
 """
 
-from .activations import Activation, Activations, activation_of
+from .activations import Activation, Activations, activation_module, activation_of
 from .certify import certify
 from .checkpoint import from_state_dict, load, read_weights, save
 from .compose import absorb, affine, compose, elementwise, eliminate, gauge, scale
@@ -86,6 +86,7 @@ __all__ = [
     "WeightsError",
     "X_matrix",
     "absorb",
+    "activation_module",
     "activation_of",
     "affine",
     "certify",

@@ -207,6 +207,13 @@ def activation_of(module: nn.Module | str | Activation, path: str = "") -> Activ
         raise UnsupportedActivationError(path, f"{kind.__name__}({value:g})", str(error)) from error
 
 
+def activation_module(activation: Activation | str) -> nn.Module:
+    """The torch module of an activation (the inverse of `activation_of`)."""
+    activation = activation_of(activation)
+    kind = next(kind for kind, name in _MODULES.items() if name == activation.name)
+    return kind(**{_PARAMETERS[kind]: activation.parameter}) if kind in _PARAMETERS else kind()
+
+
 class Activations:
     """σ of a whole state: runs of `Activation`, one per row, applied along the last dimension.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .dae import DAE
 from .errors import InvalidParameterError
 from .spectrum import least_eigenvalue, roundoff
+from .state_map import StateMap
 
 
 def X_matrix(dae: DAE, Lambda: Tensor | None = None) -> Tensor:
@@ -58,14 +59,15 @@ class Conditions:
     ``margin_3``: λ_min of X in the gauge Λ = I; > 0 means well-posed (Proposition 2.1). Half of it is μ, X ⪰ 2μΛ.
     ``margin_10``: λ_min of H in the gauge Λ = I; ≥ 0 means L-Lipschitz if well-posed (Theorem 3.1), > 0 is (4)
     (Proposition 2.2). ``least_eigenvalue``: λ_min of H itself. ``tolerance``: round-off of both margins.
-    ``well_posed``: (3) holds, or W is strictly lower triangular in some order of blocks (then z is explicit).
+    ``contracting``: the spectral radius of |W| is below 1, as for every triangular W: σ(Wz + u) is then a contraction in a
+    weighted maximum norm. ``well_posed``: one of the two.
     """
 
     margin_3: float
     margin_10: float
     least_eigenvalue: float
     tolerance: float
-    triangular: bool
+    contracting: bool
     lipschitz: float
 
     @property
@@ -86,7 +88,7 @@ class Conditions:
     @property
     def well_posed(self) -> bool:
         """A unique equilibrium exists for every input."""
-        return self.triangular or self.condition_3
+        return self.contracting or self.condition_3
 
     @property
     def mu(self) -> float:
@@ -113,7 +115,7 @@ def check(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None
         margin_10=least_eigenvalue(gauged),
         least_eigenvalue=least_eigenvalue(H),
         tolerance=roundoff(gauged, scale),
-        triangular=bool((dae.W.triu() == 0).all()),
+        contracting=dae.W.dim() == 2 and StateMap(dae.W).comparison is not None,
         lipschitz=L,
     )
 

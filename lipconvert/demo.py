@@ -29,9 +29,10 @@ from .registry import registry
 from .schema import DemoReport, DemoRow, RobustnessReport, TrainConfig
 from .validate import validate
 
-CURVE_RADII = tuple(k / 50 for k in range(76))  # 0 to 1.5
+CURVE_RADII = tuple(k / 100 for k in range(111))  # 0 to 1.1
 # Gradients of minibatches need no thirteen digits; everything that is reported is solved to the default tolerance.
 TRAINING = SolverOptions(tolerance=1e-3)
+VALIDATED = 128  # test samples whose gradients and Jacobians are compared; outputs are compared on all of them
 HEADINGS = (
     "architecture",
     "parameters",
@@ -148,9 +149,6 @@ def run_one(
         curve_radii=curve.radii,
         curve_accuracy=curve.certified_accuracy,
     )
-
-
-VALIDATED = 128  # test samples whose gradients and Jacobians are compared; outputs are compared on all of them
 
 
 def run(

@@ -91,20 +91,24 @@ DEFAULT = SolverOptions()
 NEARLY_TRIANGULAR = 0.5
 
 
-def solve(map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions = DEFAULT) -> Solution:
+def solve(
+    map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions = DEFAULT, where: str = "equilibrium"
+) -> Solution:
     """Solve z = σ(Wz + u) for a batch u (B, n); see `SolverOptions` and `Solution`. Not differentiable by itself.
 
-    Raises `NotConvergedError` (with the solution so far) unless ``options.throw`` is False, `ShapeError` for a u that
+    ``where`` names the equilibrium in messages. Raises `NotConvergedError` (with the solution so far) unless ``options.throw`` is False, `ShapeError` for a u that
     does not fit.
     """
     if u.dim() != 2 or u.shape[1] != map.states:
         raise ShapeError("u", f"(B, {map.states})", tuple(u.shape))
-    tolerance = options.tolerance or TOLERANCE.get(u.dtype, 1e-2)
+    if u.dtype not in TOLERANCE:
+        raise InvalidParameterError(f"the dtype of {where}", u.dtype, "equilibria are solved in float32 or float64")
+    tolerance = options.tolerance or TOLERANCE[u.dtype]
     with torch.no_grad():
         u = u.detach()
         solution = _dispatch(map, sigma, u, options, tolerance)
     if options.throw and not bool(solution.converged.all()):
-        raise NotConvergedError(solution, tolerance)
+        raise NotConvergedError(solution, tolerance, where)
     return solution
 
 
@@ -217,22 +221,24 @@ class _Equilibrium(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, u: Tensor, map: StateMap, sigma: Activations, options: SolverOptions) -> Tensor:
-        z = solve(map, sigma, u, options).value
+    def forward(
+        ctx: Any, W: Tensor, u: Tensor, map: StateMap, sigma: Activations, options: SolverOptions, where: str
+    ) -> Tensor:
+        z = solve(map, sigma, u, options, where).value
         ctx.save_for_backward(z, u)
-        ctx.map, ctx.sigma, ctx.options = map, sigma, options
+        ctx.map, ctx.sigma, ctx.options, ctx.where = map, sigma, options, where
         return z
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable hides the name of ctx)
         ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, Tensor, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor, None, None, None, None]:
         z, u = ctx.saved_tensors
         (g,) = grad_outputs
         D = ctx.sigma.slope(ctx.map.apply(z) + u)
-        p = solve(ctx.map.adjoint, _Slopes(D), g, ctx.options).value
-        return (p.mT @ z if ctx.needs_input_grad[0] else None), p, None, None, None
+        p = solve(ctx.map.adjoint, _Slopes(D), g, ctx.options, f"the adjoint of {ctx.where}").value
+        return (p.mT @ z if ctx.needs_input_grad[0] else None), p, None, None, None, None
 
 
 def equilibrium(
@@ -241,6 +247,7 @@ def equilibrium(
     sigma: Activations,
     map: StateMap | None = None,
     options: SolverOptions = DEFAULT,
+    where: str = "equilibrium",
 ) -> Tensor:
     """The equilibrium z = σ(Wz + u) as a differentiable function of W (n, n) and u (B, n); returns z (B, n).
 
@@ -248,7 +255,7 @@ def equilibrium(
     solve, so memory does not depend on the number of steps; second derivatives are not available and raise.
     Raises `NotConvergedError` (forward or adjoint) and `ShapeError`.
     """
-    return _Equilibrium.apply(W, u, StateMap(W) if map is None else map, sigma, options)  # type: ignore[no-any-return]
+    return _Equilibrium.apply(W, u, StateMap(W) if map is None else map, sigma, options, where)  # type: ignore[no-any-return]
 
 
 def state_error(map: StateMap, sigma: Activations, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float | None]:

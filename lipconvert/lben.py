@@ -175,10 +175,15 @@ class LBEN(nn.Module):
             raise ShapeError(f"the input of {self.name!r}", f"(..., {self.U.shape[1]})", tuple(x.shape))
         return x.reshape(-1, x.shape[-1])
 
+    @property
+    def _where(self) -> str:
+        return f"the equilibrium of stage {self.name!r}"
+
     def solve(self, x: Tensor, options: SolverOptions | None = None) -> Solution:
         """The states z (B, n) of a batch x (B, p), with status, residual and steps per sample; no gradient."""
         with torch.no_grad():
-            return solve(self.state_map(), self.sigma, self.drive(self._flat(x)), options or self.options)
+            u = self.drive(self._flat(x))
+            return solve(self.state_map(), self.sigma, u, options or self.options, self._where)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., p) -> (..., q)
         """y = Gz + b_y."""
@@ -194,7 +199,7 @@ class LBEN(nn.Module):
             else:
                 map = self.state_map()
                 W = map.W
-            z = equilibrium(W, u, self.sigma, map, self.options)
+            z = equilibrium(W, u, self.sigma, map, self.options, self._where)
         return functional.linear(z, self.G, self.b_y).reshape(*x.shape[:-1], -1)
 
     def get_extra_state(self) -> dict[str, Any]:

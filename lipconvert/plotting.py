@@ -21,8 +21,7 @@ def plot_certified_accuracy(rows: Sequence[DemoRow], path: str | Path, title: st
     figure = Figure(figsize=(7.2, 4.5), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    marks = {radius: label for radius, label in zip(RADII, ("36/255", "72/255", "108/255", "1"), strict=True)}
-    for radius, label in marks.items():
+    for radius, label in zip(RADII, ("36/255", "72/255", "108/255", "1"), strict=True):
         axes.axvline(radius, color="0.75", linewidth=0.8, linestyle=":", zorder=0)
         axes.text(radius, 1.01, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=8, color="0.35")
     ranked = sorted(rows, key=lambda row: sum(row.curve_accuracy), reverse=True)  # the legend reads as the curves lie
@@ -44,7 +43,7 @@ def plot_certified_accuracy(rows: Sequence[DemoRow], path: str | Path, title: st
     axes.set_title(title, fontsize=11, pad=18)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, handlelength=3.2)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")

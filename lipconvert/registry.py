@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import hookspecs
 from .dae import DAE
-from .errors import AmbiguousModelError, LipconvertError, PluginError, WeightsError
+from .errors import AmbiguousModelError, InvalidParameterError, LipconvertError, PluginError, WeightsError
 from .hookspecs import PluginInfo
 
 GROUP = "lipconvert"
@@ -184,13 +184,21 @@ class Registry:
     ) -> tuple[str, nn.Module]:
         """(plugin, model) of the one plugin that recognises these weights.
 
-        Raises `WeightsError` when none does, `AmbiguousModelError` for two, `MissingOptionError` from the plugin.
+        Raises `WeightsError` when none does, `AmbiguousModelError` for two, `MissingOptionError` from the plugin, and
+        `InvalidParameterError` for an option that the plugin never looked at: a misspelt one must not be ignored.
         """
-        claim = self._claim("from_state_dict", plugin, path, state_dict=state_dict, options=options)
+        asked_for = _Options(options)
+        claim = self._claim("from_state_dict", plugin, path, state_dict=state_dict, options=asked_for)
         if claim is None:
             keys = ", ".join(list(state_dict)[:6])
             asked = plugin or ", ".join(self.names())
             raise WeightsError(path, f"no plugin recognises these weights (keys: {keys}, ...; asked: {asked})")
+        unknown = sorted(set(options) - asked_for.seen)
+        if unknown:
+            known = ", ".join(sorted(asked_for.seen)) or "none"
+            raise InvalidParameterError(
+                f"option {unknown[0]!r}", options[unknown[0]], f"{claim[0]} weights take: {known}"
+            )
         return claim
 
     def example_models(self, name: str, seed: int) -> Sequence[nn.Module]:
@@ -200,6 +208,23 @@ class Registry:
     def new_model(self, name: str, inputs: int, classes: int, seed: int) -> nn.Module | None:
         """An untrained classifier of one plugin's architecture, None where it offers none."""
         return self.ask(name, "new_model", inputs=inputs, classes=classes, seed=seed)
+
+
+class _Options(Mapping[str, Any]):
+    """Options that remember which of them were asked for."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options, self.seen = options, set[str]()
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)  # also on the way to a KeyError: the plugin knows the option
+        return self._options[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._options)
+
+    def __len__(self) -> int:
+        return len(self._options)
 
 
 def _source(entry: EntryPoint) -> tuple[str, str]:

@@ -152,11 +152,11 @@ class Manifest(_Document):
 class TrainConfig(_Document):
     """How the demo trains its small networks."""
 
-    epochs: int = Field(default=20, ge=1)
+    epochs: int = Field(default=24, ge=1)
     batch_size: int = Field(default=128, ge=1)
-    learning_rate: float = Field(default=2e-2, gt=0.0, description="peak of the one-cycle schedule")
+    learning_rate: float = Field(default=3e-2, gt=0.0, description="peak of the one-cycle schedule")
     offset: float = Field(default=0.3, ge=0.0, description="radius asked for by the loss, in input units")
-    temperature: float = Field(default=0.1, gt=0.0)
+    temperature: float = Field(default=0.12, gt=0.0)
     seed: int = Field(default=0, ge=0)
 
 

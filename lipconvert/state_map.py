@@ -142,11 +142,14 @@ class StateMap:
 
     @cached_property
     def monotonicity(self) -> tuple[float, float]:
-        """(μ, ℓ) of I − W in the metric Λ: ⟨(I − W)e, e⟩_Λ ≥ μ|e|²_Λ and |(I − W)e|_Λ ≤ ℓ|e|_Λ; X(Λ) ⪰ 2μΛ."""
+        """(μ, ℓ) of I − W in the metric Λ: ⟨(I − W)e, e⟩_Λ ≥ μ|e|²_Λ and |(I − W)e|_Λ ≤ ℓ|e|_Λ; X(Λ) ⪰ 2μΛ.
+
+        Computed in float64 whatever the dtype of W: error bounds divide by μ.
+        """
         if self.Lambda is None:
             raise InvalidParameterError("Lambda", None, "a diagonal metric is needed to know how monotone I - W is")
-        root = self.Lambda.to(self.W).sqrt()
-        A = torch.eye(self.states, dtype=self.W.dtype, device=self.W.device) - root.unsqueeze(-1) * self.W / root
+        root, W = self.Lambda.double().sqrt(), self.W.double()
+        A = torch.eye(self.states, dtype=W.dtype, device=W.device) - root.unsqueeze(-1) * W / root
         return float(torch.linalg.eigvalsh(0.5 * (A + A.mT))[0]), float(torch.linalg.matrix_norm(A, 2))
 
     @cached_property

@@ -99,7 +99,7 @@ def _least_eigenvalue(dae: DAE) -> tuple[float, float]:
         -dae.G.T @ dae.G / L,
         -Lambda @ dae.U @ dae.U.T @ Lambda / L,
     ]
-    H = sum((root @ term @ root for term in terms[1:]), root @ terms[0] @ root)
+    H = root @ torch.stack(terms).sum(0) @ root
     size = sum(float(torch.linalg.matrix_norm(root @ term @ root, 2)) for term in terms)
     return float(torch.linalg.eigvalsh(0.5 * (H + H.T))[0]), max(1.0, size)
 

@@ -15,6 +15,7 @@ from lipconvert import (
     InvalidParameterError,
     MissingOptionError,
     StateMap,
+    activation_module,
     activation_of,
     equilibrium,
     psd_sqrt,
@@ -170,6 +171,7 @@ def monotone_from_state_dict(
         len(tensors["Wout.bias"]) if "Wout.bias" in tensors else None,
         m=float(options["m"]),
         lipschitz=float(options["lipschitz"]) if stored else None,
+        activation=activation_module(options.get("activation", "relu")),
     ).to(tensors["A.weight"].dtype)
     model.load_state_dict(tensors)
     return model

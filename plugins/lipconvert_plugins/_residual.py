@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipconvert import DAE, Activations, FirstFeatures, MissingOptionError, PadChannels, activation_of, psd_sqrt
+from lipconvert import (
+    DAE,
+    Activations,
+    FirstFeatures,
+    MissingOptionError,
+    PadChannels,
+    activation_module,
+    activation_of,
+    psd_sqrt,
+)
 
 
 class ResidualLinear(nn.Module):
@@ -97,7 +106,9 @@ class ResidualNetwork(nn.Sequential):
 def residual_from_state_dict(
     network: type[ResidualNetwork], state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> nn.Module | None:
-    """A `ResidualNetwork` from its own state dict, None if it is not one; ``inputs`` and ``classes`` must be given."""
+    """A `ResidualNetwork` from its own state dict, None if it is not one.
+
+    ``inputs`` and ``classes`` must be given; ``activation`` is ReLU unless it is."""
     layers = {key.split(".")[0] for key in state_dict}
     if layers != {f"{network.prefix}{k}" for k in range(len(layers))} or f"{network.prefix}0.weight" not in state_dict:
         return None
@@ -111,6 +122,7 @@ def residual_from_state_dict(
         features=features,
         dense_depth=len(layers),
         dense_inner=inner,
+        activation=activation_module(options.get("activation", "relu")),
     )
     model.to(state_dict[f"{network.prefix}0.weight"].dtype).load_state_dict(state_dict)
     return model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipconvert import DAE, MissingOptionError, PluginInfo, affine, hookimpl
+from lipconvert import DAE, MissingOptionError, PluginInfo, activation_module, affine, hookimpl
 
 
 class AOLLinear(nn.Module):
@@ -76,7 +76,11 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
             "aol", "a model", f"hidden layers of different widths {shapes}: build it and load into it"
         )
     model = AOLNetwork(
-        inputs=shapes[0][1], classes=shapes[-1][0], features=shapes[0][0], dense_depth=len(layers) - 1
+        inputs=shapes[0][1],
+        classes=shapes[-1][0],
+        features=shapes[0][0],
+        dense_depth=len(layers) - 1,
+        activation=activation_module(options.get("activation", "relu")),
     ).to(state_dict["aol0.weight"].dtype)
     model.load_state_dict(state_dict)
     return model

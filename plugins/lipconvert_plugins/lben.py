@@ -28,7 +28,12 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
             raise MissingOptionError("lben", option, meaning)
     n, p = state_dict["U"].shape
     model = LBEN(
-        p, n, len(state_dict["b_y"]), lipschitz=float(options["lipschitz"]), epsilon=float(options["epsilon"])
+        p,
+        n,
+        len(state_dict["b_y"]),
+        lipschitz=float(options["lipschitz"]),
+        epsilon=float(options["epsilon"]),
+        activation=options.get("activation", "relu"),
     ).to(state_dict["U"].dtype)
     for name, value in state_dict.items():
         with torch.no_grad():

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipconvert import DAE, Activations, MissingOptionError, PluginInfo, activation_of, affine, hookimpl
+from lipconvert import (
+    DAE,
+    Activations,
+    MissingOptionError,
+    PluginInfo,
+    activation_module,
+    activation_of,
+    affine,
+    hookimpl,
+)
 
 
 def cayley(M: Tensor) -> Tensor:
@@ -128,6 +137,7 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
         features=shapes[0][0],
         dense_depth=len(layers) - 1,
         lipschitz=float(options["lipschitz"]),
+        activation=activation_module(options.get("activation", "relu")),
     ).to(state_dict["sandwich0.weight"].dtype)
     model.load_state_dict(state_dict)
     return model

@@ -1,0 +1,621 @@
+"""The command line: ``lipconvert plugins | demo | convert | validate | certify | info``.
+
+Exit codes: 0 done; 1 the claim does not hold (`EquivalenceError`, a failed validation); 2 bad input (any other
+`LipconvertError`, or a file that cannot be read or written); 130 interrupted. Results go to stdout, progress and errors
+to stderr. With ``--json`` stdout holds one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table, box
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from . import checkpoint, data, demo
+from .certify import certify as certify_network
+from .convert import convert as convert_model
+from .errors import (
+    CheckpointError,
+    EquivalenceError,
+    InvalidParameterError,
+    LipconvertError,
+    ModelError,
+    WeightsError,
+)
+from .network import Network
+from .registry import plugins as registered
+from .schema import NetworkInfo, PluginList, PluginRecord, RobustnessReport, TrainConfig, ValidationReport
+from .validate import validate as validate_network
+
+app = typer.Typer(
+    name="lipconvert",
+    help="Bring any 1-Lipschitz or equilibrium network into one form (LBEN), keep its Lipschitz constant, certify it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+MODEL_HELP = "package.module:factory, or a weights file that a plugin recognises"
+MODEL_OR_CHECKPOINT_HELP = MODEL_HELP + ", or a checkpoint written by convert"
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+PIPE_WIDTH = 120  # columns where there is no terminal to ask
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelOrCheckpoint = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_OR_CHECKPOINT_HELP)]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="state dict to load into what the factory returns (strict)")
+]
+OptionOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="what a weights file does not say, e.g. m=1.0; repeatable"),
+]
+PluginOption = Annotated[str | None, typer.Option("--plugin", help="who has the first word where two plugins claim")]
+ShapeOption = Annotated[
+    str | None, typer.Option("--input-shape", metavar="1,28,28", help="of one sample, where the model does not say it")
+]
+EpsilonOption = Annotated[float, typer.Option("--epsilon", help="epsilon of every stage; 0 is exact")]
+DeltaOption = Annotated[float, typer.Option("--delta", help="state each stage's constant at L(1 + delta)")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float64 or float32, of the converted network")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, nothing else")]
+
+
+P = ParamSpec("P")
+
+
+def _answers(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what a command raises into one line on stderr and the exit code of the module's docstring."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except EquivalenceError as error:
+            raise _exit(error, 1) from None
+        except (LipconvertError, OSError) as error:
+            raise _exit(error, 2) from None
+        except KeyboardInterrupt:
+            raise _exit("interrupted", 130) from None
+
+    return wrapped
+
+
+def _exit(reason: object, code: int) -> typer.Exit:
+    typer.echo(f"error: {reason}", err=True)
+    return typer.Exit(code)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    # Made when used: the streams may have been replaced since import. Without a terminal nothing is folded at 80.
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Bars on stderr; nothing where stderr is no terminal."""
+    console = _console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        yield bars
+
+
+def _numbers(text: str, where: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part.strip()) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise InvalidParameterError(where, repr(text), "it must be numbers separated by commas") from None
+
+
+def _fraction(text: str) -> float:
+    """``0.5`` or ``36/255``."""
+    above, slash, below = text.partition("/")
+    return float(above) / float(below) if slash else float(above)
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    sizes = tuple(_numbers(text, "--input-shape", int))
+    if any(size < 1 for size in sizes):
+        raise InvalidParameterError("--input-shape", repr(text), "every size must be at least 1")
+    return sizes
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InvalidParameterError("--dtype", repr(name), f"it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _options(given: Sequence[str] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise InvalidParameterError("--option", repr(text), "it must read NAME=VALUE, such as m=1.0")
+        options[name.strip()] = _value(value.strip())
+    return options
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _model(spec: str, weights: Path | None, given: Sequence[str] | None, plugin: str | None) -> nn.Module:
+    """The model a command line names. What the user's own code prints goes to stderr."""
+    options = _options(given)
+    if Path(spec).is_file():
+        if weights is not None:
+            raise ModelError(spec, "it is a weights file already; --weights goes with package.module:factory")
+        if _is_checkpoint(Path(spec)):
+            raise ModelError(spec, "it is a network lipconvert has converted already; a source model is needed here")
+        return checkpoint.from_state_dict(checkpoint.read_weights(spec), options, plugin, spec)
+    if ":" not in spec:
+        raise ModelError(spec, "there is no such file, and it does not read package.module:factory")
+    if options:
+        raise ModelError(spec, "--option goes with a weights file; a factory takes no arguments")
+    with redirect_stdout(sys.stderr):
+        model = _built(spec)
+    if weights is not None:
+        _fill(model, checkpoint.read_weights(weights), str(weights))
+    return model
+
+
+def _built(spec: str) -> nn.Module:
+    """Import ``package.module``, from the current folder too, and call ``factory()``."""
+    module_name, _, path = spec.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        raise ModelError(spec, "it does not read package.module:factory")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+            reason = f"there is no module {error.name!r}, neither installed nor in {here}"
+        else:
+            reason = f"importing {module_name} failed: {error}"
+        raise ModelError(spec, reason) from error
+    except (Exception, SystemExit) as error:  # whatever the user's import raises
+        raise ModelError(spec, f"importing {module_name} failed with {_named(error)}") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            own = (n for n, v in vars(found).items() if getattr(v, "__module__", None) == module_name)
+            defined = ", ".join([n for n in own if not n.startswith("_")][:8])
+            where = getattr(found, "__name__", path)
+            raise ModelError(spec, f"{where} has no {name!r}" + (f"; it has {defined}" if defined else ""))
+        found = getattr(found, name)
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise ModelError(spec, f"{path} is a {type(found).__name__}, not a function that returns the model")
+    try:
+        model = found()
+    except LipconvertError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's factory raises
+        raise ModelError(spec, f"{path}() failed with {_named(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(spec, f"{path}() returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _named(error: BaseException) -> str:
+    """Type, message, and the last line of the user's code it came through."""
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if trace.tb_frame.f_globals.get("__name__") != __name__ and not file.startswith("<frozen"):
+            line = f" ({file}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {error}{line}"
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    """``load_state_dict``, strict, with an error that names the tensor."""
+    wanted = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for key in sorted(wanted.keys() - tensors.keys()):
+        raise WeightsError(path, f"tensor {key!r} is missing; {type(model).__name__} needs it")
+    for key in sorted(tensors.keys() - wanted.keys()):
+        raise WeightsError(path, f"tensor {key!r} is not one of {type(model).__name__}'s")
+    for key, value in wanted.items():
+        if value.shape != tensors[key].shape:
+            raise WeightsError(
+                path,
+                f"tensor {key!r} has shape {tuple(tensors[key].shape)}, "
+                f"{type(model).__name__} needs {tuple(value.shape)}",
+            )
+    # In the precision of the file: a float64 file must not be rounded to a float32 factory's dtype.
+    wide = next((t.dtype for t in tensors.values() if t.dtype is torch.float64), None)
+    if wide is not None:
+        model.to(wide)
+    # Every tensor has been compared, so what may be missing is extra state that is no tensor.
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.suffix != checkpoint.SUFFIX:
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return checkpoint.KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """What the common options ask for."""
+
+    shape: tuple[int, ...] | None
+    epsilon: float
+    delta: float
+    dtype: torch.dtype
+    plugin: str | None
+
+    def convert(self, model: nn.Module) -> Network:
+        """Converted and cast, not yet compared with its source."""
+        return convert_model(model, self.shape, self.epsilon, delta=self.delta, plugin=self.plugin, check=False).to(
+            self.dtype
+        )
+
+    def validate(self, model: nn.Module, net: Network) -> ValidationReport:
+        return validate_network(model, net, delta=self.delta, plugin=self.plugin, throw=False)
+
+
+def _conversion(input_shape: str | None, epsilon: float, delta: float, dtype: str, plugin: str | None) -> _Conversion:
+    return _Conversion(_shape(input_shape), epsilon, delta, _dtype(dtype), plugin)
+
+
+def _step_table(info: NetworkInfo) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("step", "in", "states", "out", "activations", "epsilon", "L", "parameters"):
+        left = heading in ("step", "activations")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    for step in info.steps:
+        table.add_row(
+            escape(step.name),
+            *("" if size is None else str(size) for size in (step.inputs, step.states, step.outputs)),
+            escape(step.activations) if step.kind == "lben" else "(kept as it is)",
+            "" if step.epsilon is None else f"{step.epsilon:g}",
+            f"{step.lipschitz:.7g}",
+            str(step.parameters),
+        )
+    return table
+
+
+def _print_network(console: Console, info: NetworkInfo) -> None:
+    console.print(_step_table(info))
+    shape = ", ".join(map(str, info.input_shape))
+    console.print(
+        escape(f"L = {info.lipschitz:.7g}, input ({shape}), {info.parameters} parameters in {info.dtype}"),
+        soft_wrap=True,
+    )
+
+
+def _print_validation(console: Console, report: ValidationReport) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading, justify in (("check", "left"), ("where", "left"), ("value", "right"), ("", "left"), ("bound", "left")):
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("")
+    for check in report.checks:
+        table.add_row(
+            escape(check.name),
+            escape(check.where),
+            "not finite" if check.value is None else f"{check.value:.3e}",
+            check.relation,
+            f"{check.bound:.7g}",
+            "ok" if check.passed else "FAILED",
+        )
+    console.print(table)
+    verdict = "passed" if report.passed else "FAILED"
+    console.print(
+        escape(f"validation {verdict}: {report.model}, {report.samples} samples, {report.dtype}, solver ")
+        + escape(", ".join(report.methods) or "none"),
+        soft_wrap=True,
+    )
+
+
+def _require_passed(report: ValidationReport) -> None:
+    if not report.passed:
+        failed = [
+            f"{c.name} ({c.where}): {c.value} is not {c.relation} {c.bound:g}" for c in report.checks if not c.passed
+        ]
+        raise EquivalenceError(report, failed)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(version("lipconvert"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    del show
+
+
+@app.command()
+@_answers
+def plugins(as_json: JsonOption = False) -> None:
+    """List the registered plugins, where they come from, and those that failed to load."""
+    records = [
+        PluginRecord(
+            name=plugin.name,
+            distribution=plugin.distribution,
+            version=plugin.version,
+            module=plugin.module,
+            hooks=list(plugin.hooks),
+            paper=plugin.info.paper if plugin.info else "",
+            lipschitz=plugin.info.lipschitz if plugin.info else "",
+            covers=plugin.info.covers if plugin.info else "",
+            error=plugin.error,
+        )
+        for plugin in registered()
+    ]
+    if as_json:
+        _print_json(PluginList(plugins=records).model_dump(mode="json"))
+        return
+    console = _console()
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("plugin", "from", "L", "covers", "paper"):
+        table.add_column(heading, overflow="fold")
+    for record in records:
+        if record.error is None:
+            cells = (
+                record.name,
+                f"{record.distribution} {record.version}",
+                record.lipschitz,
+                record.covers,
+                record.paper,
+            )
+            table.add_row(*map(escape, cells))
+    console.print(table)
+    for record in records:
+        if record.error is not None:
+            source = f"{record.distribution} {record.version}".strip()
+            console.print(escape(f"not loaded: {record.name} ({source}): {record.error}"), soft_wrap=True)
+
+
+@app.command()
+@_answers
+def convert(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint to write, NAME.safetensors")],
+    weights: WeightsOption = None,
+    option: OptionOption = None,
+    plugin: PluginOption = None,
+    input_shape: ShapeOption = None,
+    epsilon: EpsilonOption = 0.0,
+    delta: DeltaOption = 0.0,
+    dtype: DtypeOption = "float64",
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model, compare it with its source, and write it only if it is the same function."""
+    if out.suffix != checkpoint.SUFFIX:
+        raise CheckpointError(str(out), "path", f"the suffix must be {checkpoint.SUFFIX}")
+    asked = _conversion(input_shape, epsilon, delta, dtype, plugin)
+    source = _model(model, weights, option, plugin)
+    with _progress() as bars:
+        bars.add_task("converting", total=None)
+        net = asked.convert(source)
+        report = asked.validate(source, net)
+    if report.passed:
+        checkpoint.save(net, out)
+    info = net.info()
+    if as_json:
+        _print_json(
+            {
+                "out": str(out) if report.passed else None,
+                "network": info.model_dump(mode="json"),
+                "validation": report.model_dump(mode="json"),
+            }
+        )
+    else:
+        console = _console()
+        _print_network(console, info)
+        _print_validation(console, report)
+    _require_passed(report)
+    if not as_json:
+        typer.echo(f"wrote {out}")
+
+
+@app.command()
+@_answers
+def validate(
+    model: ModelArgument,
+    net: Annotated[
+        Path | None, typer.Option("--net", help="a checkpoint of this model; without it the model is converted first")
+    ] = None,
+    weights: WeightsOption = None,
+    option: OptionOption = None,
+    plugin: PluginOption = None,
+    input_shape: ShapeOption = None,
+    epsilon: EpsilonOption = 0.0,
+    delta: DeltaOption = 0.0,
+    dtype: DtypeOption = "float64",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a model with its converted form: outputs, gradients, W, H, L. Exit code 1 if they differ."""
+    asked = _conversion(input_shape, epsilon, delta, dtype, plugin)
+    source = _model(model, weights, option, plugin)
+    with _progress() as bars:
+        bars.add_task("validating", total=None)
+        network = asked.convert(source) if net is None else checkpoint.load(net)
+        report = asked.validate(source, network)
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        _print_validation(_console(), report)
+    _require_passed(report)
+
+
+@app.command()
+@_answers
+def certify(
+    model: ModelOrCheckpoint,
+    data_name: Annotated[str, typer.Option("--data", help=" | ".join(data.NAMES))],
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="where the files of the torchvision sets are")] = Path(
+        "data"
+    ),
+    split: Annotated[str, typer.Option("--split", help="train or test")] = "test",
+    radii: Annotated[
+        str, typer.Option("--radii", help="l2 radii, pixels in [0, 1], separated by commas; fractions are read")
+    ] = "36/255,72/255,108/255,1",
+    limit: Annotated[int | None, typer.Option("--limit", help="only the first N samples")] = None,
+    weights: WeightsOption = None,
+    option: OptionOption = None,
+    plugin: PluginOption = None,
+    input_shape: ShapeOption = None,
+    epsilon: EpsilonOption = 0.0,
+    delta: DeltaOption = 0.0,
+    dtype: DtypeOption = "float64",
+    as_json: JsonOption = False,
+) -> None:
+    """Natural and certified accuracy on a data set: margin > sqrt(2) L radius, the solver's error subtracted."""
+    asked = _conversion(input_shape, epsilon, delta, dtype, plugin)
+    wanted = _numbers(radii, "--radii", _fraction)
+    images = data.load(data_name, split, data_dir)
+    net = _network(model, weights, option, asked)
+    with _progress() as bars:
+        samples = data.Shaped(images, net.input_shape, limit)
+        task = bars.add_task(f"certifying on {data_name}", total=len(samples))
+        samples.seen = functools.partial(bars.advance, task)
+        report = certify_network(net, samples, wanted)
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        _print_robustness(_console(), report, f"{data_name}, {split}")
+
+
+def _network(model: str, weights: Path | None, option: Sequence[str] | None, asked: _Conversion) -> Network:
+    """A checkpoint as it is, or a model converted and validated; raises `EquivalenceError`."""
+    path = Path(model)
+    if path.is_file() and _is_checkpoint(path):
+        if weights is not None or option:
+            raise ModelError(model, "it is a checkpoint; --weights and --option do not go with it")
+        return checkpoint.load(path)
+    source = _model(model, weights, option, asked.plugin)
+    net = asked.convert(source)
+    _require_passed(asked.validate(source, net))
+    return net
+
+
+def _print_robustness(console: Console, report: RobustnessReport, title: str) -> None:
+    console.print(escape(f"{title}: {report.samples} samples, L = {report.lipschitz:.7g}"), soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("radius", justify="right")
+    table.add_column("accuracy (%)", justify="right")
+    table.add_row("natural", f"{100 * report.natural_accuracy:.2f}")
+    for radius, accuracy in zip(report.radii, report.certified_accuracy, strict=True):
+        table.add_row(f"{radius:.4f}", f"{100 * accuracy:.2f}")
+    console.print(table)
+    if report.unconverged:
+        console.print(f"{report.unconverged} samples did not converge and count as not certified", soft_wrap=True)
+
+
+@app.command()
+@_answers
+def info(
+    model: ModelOrCheckpoint,
+    weights: WeightsOption = None,
+    option: OptionOption = None,
+    plugin: PluginOption = None,
+    input_shape: ShapeOption = None,
+    epsilon: EpsilonOption = 0.0,
+    delta: DeltaOption = 0.0,
+    dtype: DtypeOption = "float64",
+    as_json: JsonOption = False,
+) -> None:
+    """Steps, sizes, activations and Lipschitz constants of a checkpoint, or of what a model would become."""
+    found = _network(model, weights, option, _conversion(input_shape, epsilon, delta, dtype, plugin)).info()
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        _print_network(_console(), found)
+
+
+@app.command("demo")
+@_answers
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for report.json, report.md and the figure")] = Path(
+        "runs/demo"
+    ),
+    architecture: Annotated[
+        list[str] | None, typer.Option("--architecture", help="only this plugin; repeatable")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1)] = TrainConfig().epochs,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = TrainConfig().seed,
+    limit: Annotated[int | None, typer.Option("--limit", hidden=True, min=10)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one small network of every architecture on digits, convert, validate and certify each: one table."""
+    names = architecture or demo.architectures()
+    with _progress() as bars:
+        overall = bars.add_task("architectures", total=len(names))
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, what: str, done: int, total: int) -> None:
+            if name not in tasks:
+                bars.update(overall, completed=len(tasks))
+                tasks[name] = bars.add_task(name, total=total)
+            if what == "training":
+                bars.update(tasks[name], description=f"{name}: {what}", completed=done, total=total)
+            else:
+                bars.update(tasks[name], description=f"{name}: {what}")
+
+        report = demo.run(out, TrainConfig(epochs=epochs, seed=seed), names, limit, show)
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+        return
+    console = _console()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="certified accuracy (%) at l2 radii, digits")
+    for k, heading in enumerate(demo.HEADINGS):
+        table.add_column(heading, justify="left" if k == 0 else "right")
+    for row in report.rows:
+        table.add_row(*demo.cells(row))
+    console.print(table)
+    files = ", ".join(str(out / name) for name in ("report.json", "report.md", "certified-accuracy.png"))
+    typer.echo(f"wrote {files}")
+
+
+if __name__ == "__main__":
+    app(prog_name="lipconvert")
