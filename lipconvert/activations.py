@@ -222,6 +222,8 @@ class Activations:
     """
 
     def __init__(self, activation: Activation | str, size: int) -> None:
+        if size < 0:
+            raise InvalidParameterError("the number of rows of an activation", size, "it must not be negative")
         self.runs: tuple[tuple[Activation, int], ...] = ((activation_of(activation), int(size)),) if size else ()
 
     @classmethod
@@ -264,7 +266,9 @@ class Activations:
         return "Activations(" + ", ".join(f"{activation} x {size}" for activation, size in self.runs) + ")"
 
     def __getitem__(self, rows: slice) -> Activations:
-        start, stop, _ = rows.indices(len(self))
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise InvalidParameterError("the step of a slice of activations", step, "only consecutive rows are taken")
         picked, offset = [], 0
         for activation, size in self.runs:
             low, high = max(start, offset), min(stop, offset + size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .activations import Activations
-from .equilibrium import DEFAULT
+from .activations import Activations, is_activation
 from .errors import CheckpointError, LipconvertError, WeightsError
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, core_lipschitz
 from .lben import LBEN
 from .network import Network
 from .registry import registry
 from .schema import GlueEntry, Manifest, StageEntry
 
 KEY = "lipconvert"
+EXTRA = "_extra_state"
+# A float32 network keeps a rounded std, its manifest the constant of the unrounded one: half a unit in the last place.
+GLUE_TOLERANCE = 1e-7
 SUFFIX = ".safetensors"
 
 # Glue that can be rebuilt from numbers: its type, the constructor arguments, and where they are read.
@@ -98,6 +102,16 @@ def load(path: str | Path) -> Network:
         constants.append(entry.lipschitz)
     net = Network(steps, constants, manifest.input_shape).to(getattr(torch, manifest.dtype)).eval()
     _fill(net, tensors, name)
+    for index, (step, claimed) in enumerate(zip(net.steps, net.glue_lipschitz, strict=True)):
+        # From the tensors that were read, not from the manifest's arguments.
+        known = claimed if isinstance(step, LBEN) else 1.0 if is_activation(step) else core_lipschitz(step)
+        if claimed is not None and not (known is not None and known <= claimed * (1.0 + GLUE_TOLERANCE)):
+            kind = type(step).__name__
+            raise CheckpointError(
+                name,
+                f"manifest step {index}",
+                f"{kind} has Lipschitz constant {known}, the manifest claims {claimed:g}",
+            )
     return net
 
 
@@ -129,16 +143,16 @@ def _stage_entry(stage: LBEN) -> StageEntry:
 
 
 def _stage(entry: StageEntry) -> LBEN:
-    stage = LBEN(
-        entry.inputs,
-        entry.states,
-        entry.outputs,
-        lipschitz=entry.lipschitz,
-        epsilon=entry.epsilon,
-        activation=Activations.of((name, size) for name, size in entry.activations),
-        options=DEFAULT,
-        name=entry.name,
-    )
+    with torch.random.fork_rng(devices=[]):  # the random start is overwritten: nobody's random numbers are used up
+        stage = LBEN(
+            entry.inputs,
+            entry.states,
+            entry.outputs,
+            lipschitz=entry.lipschitz,
+            epsilon=entry.epsilon,
+            activation=Activations.of((name, size) for name, size in entry.activations),
+            name=entry.name,
+        )
     if sum(entry.blocks) != entry.states or any(size < 1 for size in entry.blocks):
         raise ValueError(f"blocks {entry.blocks} do not add up to {entry.states} states")
     stage.blocks = tuple(entry.blocks)
@@ -162,17 +176,13 @@ def _glue(entry: GlueEntry) -> nn.Module:
     kind, arguments = _GLUE[entry.type]
     if set(arguments) != set(entry.arguments):
         raise ValueError(f"{entry.type} needs the arguments {sorted(arguments)}, not {sorted(entry.arguments)}")
-    module = kind(**entry.arguments)
-    known = getattr(module, "lipschitz", 1.0)
-    if not known <= entry.lipschitz * (1.0 + 1e-12):
-        raise ValueError(f"{entry.type} has Lipschitz constant {known:g}, the manifest claims {entry.lipschitz:g}")
-    return module
+    return kind(**entry.arguments)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Any]:
     """The state dict in a ``.safetensors`` file or a torch file opened with ``weights_only=True``.
 
-    A nest such as ``{"model_state_dict": ...}`` or ``{"state_dict": ...}`` is opened; prefixes ``module.`` are stripped.
+    Entries that hold a module's extra state (plain data) are kept. A nest such as ``{"model_state_dict": ...}`` or ``{"state_dict": ...}`` is opened; prefixes ``module.`` are stripped.
     Raises `WeightsError` for a file that is missing, is not a weights file, or would have to run code to be read.
     """
     name = str(path)
@@ -186,8 +196,23 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise WeightsError(name, f"it cannot be read as safetensors ({error})") from error
     else:
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # of a pickle protocol torch does not know, before it refuses
+                found = torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+            struct.error,
+        ) as error:  # what torch's reader of untrusted pickles raises for bytes that are none
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsError(
                 name,
@@ -199,8 +224,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(found, Mapping) or not found:
         raise WeightsError(name, f"it holds a {type(found).__name__}, not a state dict")
-    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-    if not tensors:
+    # What a module keeps beside its tensors (L and ε of an LBEN) belongs to them; `weights_only` leaves only plain data.
+    tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor) or str(k).endswith(EXTRA)}
+    if not any(isinstance(value, Tensor) for value in tensors.values()):
         raise WeightsError(name, "there are no tensors in it")
     while all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}

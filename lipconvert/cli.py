@@ -222,7 +222,7 @@ def _built(spec: str) -> nn.Module:
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
-        raise ModelError(spec, f"{path} is a {type(found).__name__}, not a function that returns the model")
+        raise ModelError(spec, f"{path} is of type {type(found).__name__}, not a function that returns the model")
     try:
         model = found()
     except LipconvertError:
@@ -230,7 +230,7 @@ def _built(spec: str) -> nn.Module:
     except (Exception, SystemExit) as error:  # whatever the user's factory raises
         raise ModelError(spec, f"{path}() failed with {_named(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(spec, f"{path}() returned a {type(model).__name__}, not a torch.nn.Module")
+        raise ModelError(spec, f"{path}() returned {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
@@ -245,12 +245,13 @@ def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{line}"
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+def _fill(model: nn.Module, tensors: Mapping[str, Any], path: str) -> None:
     """``load_state_dict``, strict, with an error that names the tensor."""
-    wanted = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = model.state_dict()
+    wanted = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     for key in sorted(wanted.keys() - tensors.keys()):
         raise WeightsError(path, f"tensor {key!r} is missing; {type(model).__name__} needs it")
-    for key in sorted(tensors.keys() - wanted.keys()):
+    for key in sorted(tensors.keys() - state.keys()):
         raise WeightsError(path, f"tensor {key!r} is not one of {type(model).__name__}'s")
     for key, value in wanted.items():
         if value.shape != tensors[key].shape:
@@ -260,10 +261,10 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
                 f"{type(model).__name__} needs {tuple(value.shape)}",
             )
     # In the precision of the file: a float64 file must not be rounded to a float32 factory's dtype.
-    wide = next((t.dtype for t in tensors.values() if t.dtype is torch.float64), None)
+    wide = next((tensors[key].dtype for key in wanted if tensors[key].dtype is torch.float64), None)
     if wide is not None:
         model.to(wide)
-    # Every tensor has been compared, so what may be missing is extra state that is no tensor.
+    # Every tensor has been compared, so what may be missing is extra state, which a safetensors file does not hold.
     model.load_state_dict(dict(tensors), strict=False)
 
 
@@ -608,10 +609,13 @@ def demo_command(
         return
     console = _console()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="certified accuracy (%) at l2 radii, digits")
+    rows = [demo.cells(row) for row in report.rows]
     for k, heading in enumerate(demo.HEADINGS):
-        table.add_column(heading, justify="left" if k == 0 else "right")
-    for row in report.rows:
-        table.add_row(*demo.cells(row))
+        # In a narrow terminal headings are folded, numbers never.
+        least = max(len(row[k]) for row in rows)
+        table.add_column(heading, justify="left" if k == 0 else "right", min_width=least, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     files = ", ".join(str(out / name) for name in ("report.json", "report.md", "certified-accuracy.png"))
     typer.echo(f"wrote {files}")

@@ -15,15 +15,20 @@ from torch import Tensor
 from .activations import Activation, Activations
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
-from .spectrum import psd_sqrt, spectral_norm, triangular_factor
+from .spectrum import psd_sqrt, require_finite, spectral_norm, triangular_factor
 
 
 def affine(M: Tensor, b: Tensor | None = None, lipschitz: float | None = None, name: str = "affine") -> DAE:
     """y = M x + b as a DAE of identity rows: W = 0, U = M, G = I, b_z = b, Λ = I/L; H = (I − MM′/L²)/L.
 
     ``M`` (..., q, p), ``b`` (q,). ``lipschitz`` defaults to an upper bound of ‖M‖ (1 if M = 0).
-    Raises `NotPSDError` when a given L is below ‖M‖.
+    Raises `NotPSDError` when a given L is below ‖M‖, `NotFiniteError`, `ShapeError`, `InvalidParameterError` for L ≤ 0.
     """
+    if M.dim() < 2:
+        raise ShapeError(f"M of {name!r}", "(..., q, p)", tuple(M.shape))
+    require_finite(M, f"M of {name!r}")
+    if lipschitz is not None and not 0.0 < lipschitz < float("inf"):
+        raise InvalidParameterError(f"L of {name!r}", lipschitz, "a Lipschitz constant must be positive and finite")
     M = M.detach().to(torch.complex128 if M.is_complex() else torch.float64)
     L = (float(spectral_norm(M)) or 1.0) if lipschitz is None else float(lipschitz)
     q = M.shape[-2]

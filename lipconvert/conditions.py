@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dae import DAE
-from .errors import InvalidParameterError
+from .errors import InvalidParameterError, ShapeError
 from .spectrum import least_eigenvalue, roundoff
 from .state_map import StateMap
 
@@ -99,10 +99,12 @@ class Conditions:
 def check(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Conditions:
     """Measure conditions (3), (4) and (10) of a DAE at (Λ, L), by default its own.
 
-    ``Lambda`` (n,) positive. Returns `Conditions`; raises `InvalidParameterError` for Λ ≤ 0 or L ≤ 0.
+    ``Lambda`` (n,) positive. Returns `Conditions`; raises `ShapeError`, and `InvalidParameterError` for Λ ≤ 0 or L ≤ 0.
     """
     Lambda = dae.Lambda if Lambda is None else Lambda.to(dae.Lambda)
     L = dae.lipschitz if lipschitz is None else float(lipschitz)
+    if Lambda.shape != dae.Lambda.shape:
+        raise ShapeError("Lambda", tuple(dae.Lambda.shape), tuple(Lambda.shape))
     if not bool((Lambda > 0).all()):
         raise InvalidParameterError("Lambda", float(Lambda.min()), "every entry of Λ must be positive")
     if not 0.0 < L < float("inf"):

@@ -64,7 +64,7 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
     if closed_form:
         assert dae.V is not None
         V = triangular_factor(dae.V)
-        error = float(torch.linalg.matrix_norm(unit_gauge(2.0 * V.mH @ V - H, Lambda)).amax()) if V.numel() else 0.0
+        error = float(torch.linalg.matrix_norm(unit_gauge(2.0 * V.mH @ V - H, Lambda)).amax()) if H.numel() else 0.0
         if error > tolerance:
             raise InvalidParameterError(
                 f"2V'V - H of {dae.name!r}",

@@ -77,8 +77,10 @@ class _Walker:
             name, dae = claim
             yield self._step(module, path, replace(dae, name=_label(path, module)), name)
         elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            for key, child in module.named_children():
-                yield from self.walk(child, f"{path}.{key}" if path else key)
+            # Not named_children(), which names a module that stands twice (one shared ReLU) only once.
+            for key, child in module._modules.items():
+                if child is not None:
+                    yield from self.walk(child, f"{path}.{key}" if path else key)
         elif is_activation(module) and not isinstance(module, nn.Identity):
             activation = activation_of(module, path)
             shape = self._known(path, module)

@@ -62,8 +62,10 @@ class DAE:
             if not isinstance(tensor, Tensor):
                 raise ShapeError(self._at(field), "a torch.Tensor", type(tensor).__name__)
             wide = torch.complex128 if tensor.is_complex() else torch.float64
-            put(field, tensor.detach().to(wide))
+            put(field, tensor.detach().to(wide, copy=True))
             require_finite(tensor, self._at(field))
+            if tensor.is_complex() and (field.startswith("b_") or not self.W.is_complex()):
+                raise ShapeError(self._at(field), "real entries", tensor.dtype)
         W = self.W
         if W.dim() < 2 or W.shape[-1] != W.shape[-2]:
             raise ShapeError(self._at("W"), "(..., n, n)", tuple(W.shape))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from .certify import RADII, certify
 from .convert import convert
 from .equilibrium import DEFAULT, SolverOptions
 from .errors import InvalidParameterError
-from .lben import LBEN
 from .plotting import plot_certified_accuracy
 from .registry import registry
 from .schema import DemoReport, DemoRow, RobustnessReport, TrainConfig
@@ -96,8 +96,8 @@ def train(
 
 @contextmanager
 def _loosely_solved(model: nn.Module) -> Iterator[None]:
-    """Every LBEN in a model solves to `TRAINING` inside, and as before outside."""
-    layers = [module for module in model.modules() if isinstance(module, LBEN)]
+    """Every equilibrium in a model (a module with `SolverOptions`) solves to `TRAINING` inside, and as before outside."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "options", None), SolverOptions)]
     before = [layer.options for layer in layers]
     try:
         for layer in layers:
@@ -106,6 +106,17 @@ def _loosely_solved(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, options in zip(layers, before, strict=True):
             layer.options = options
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread inside: matrices of 64 rows gain nothing from more, and sums do not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_one(
@@ -121,6 +132,7 @@ def run_one(
     model = registry().new_model(name, x.shape[1], classes, config.seed)
     if model is None:
         raise InvalidParameterError("architecture", repr(name), f"it must be one of {', '.join(architectures())}")
+    model = model.float()
     lipschitz = convert(model, (x.shape[1],), check=False).lipschitz
     started = time.perf_counter()
     train(model, x, labels, lipschitz, config, lambda done, total: progress(name, "training", done, total))
@@ -178,7 +190,8 @@ def run(
         x, labels = data.load("digits", split).tensors()
         parts.append((x.flatten(1)[:limit], labels[:limit]))
     training, test = parts
-    rows = [run_one(name, config, training, test, progress) for name in chosen]
+    with _one_thread():
+        rows = [run_one(name, config, training, test, progress) for name in chosen]
     report = DemoReport(
         data="digits",
         train_samples=len(training[1]),

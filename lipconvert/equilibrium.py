@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .activations import Activations
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
@@ -21,8 +20,8 @@ from .state_map import StateMap
 
 METHODS = ("auto", "forward_substitution", "sweep", "peaceman_rachford", "forward_backward")
 
-# Relative to ‖z‖ + ‖u‖. About 500 and 20 units round-off: evaluating σ(Wz + u) with a few hundred states errs by less,
-# and two runs of one sample that stop a step apart still agree to 1e-12 in float64.
+# Relative to `Solution.scale`. About 500 and 20 units round-off: evaluating σ(Wz + u) with a few hundred states errs by
+# less, and two runs of one sample that stop a step apart still agree to 1e-12 in float64.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 
@@ -38,9 +37,10 @@ class Status(IntEnum):
 class Solution:
     """The states found and how it went, sample by sample.
 
-    ``value`` (B, n); ``residual`` (B,): ‖z − σ(Wz + u)‖₂ or an upper bound of it; ``scale`` (B,): ‖z‖ + ‖u‖, which the
-    tolerance refers to; ``steps`` (B,) iterations (1 for forward substitution); ``status`` (B,) of `Status`;
-    ``method``: the method that ran, ``"sweep, peaceman_rachford"`` when a second one took over.
+    ``value`` (B, n); ``residual`` (B,): ‖z − σ(Wz + u)‖₂ or an upper bound of it; ``scale`` (B,): ‖z‖ + ‖u‖ + ‖Wz‖
+    (without ‖Wz‖ after forward substitution), which the tolerance refers to; ``steps`` (B,) iterations (1 for forward
+    substitution); ``status`` (B,) of `Status`; ``method``: the method that ran, ``"sweep, peaceman_rachford"`` when a
+    second one took over.
     """
 
     value: Tensor
@@ -57,7 +57,7 @@ class Solution:
 
     @property
     def relative_residual(self) -> Tensor:
-        """(B,) residual / (‖z‖ + ‖u‖), 0 where both are 0."""
+        """(B,) residual / scale, 0 where both are 0."""
         return torch.where(self.residual == 0, self.residual, self.residual / self.scale)
 
 
@@ -68,7 +68,8 @@ class SolverOptions:
     than hand back an unconverged `Solution`.
 
     ``auto`` takes forward substitution when one pass meets the tolerance (a triangular W, exactly or to round-off), block
-    sweeps when W is close to triangular (then Peaceman-Rachford for the samples they leave), else Peaceman-Rachford.
+    sweeps when W is close to triangular (then Peaceman-Rachford for the samples they leave), else Peaceman-Rachford, at
+    first with its fast step and for samples that stall with its safe one (`StateMap.splitting_steps`).
     """
 
     method: str = "auto"
@@ -96,8 +97,8 @@ def solve(
 ) -> Solution:
     """Solve z = σ(Wz + u) for a batch u (B, n); see `SolverOptions` and `Solution`. Not differentiable by itself.
 
-    ``where`` names the equilibrium in messages. Raises `NotConvergedError` (with the solution so far) unless ``options.throw`` is False, `ShapeError` for a u that
-    does not fit.
+    ``where`` names the equilibrium in messages. Raises `NotConvergedError` (with the solution so far) unless
+    ``options.throw`` is False, `ShapeError` for a u that does not fit, `InvalidParameterError` for a dtype below float32.
     """
     if u.dim() != 2 or u.shape[1] != map.states:
         raise ShapeError("u", f"(B, {map.states})", tuple(u.shape))
@@ -114,44 +115,58 @@ def solve(
 
 def _dispatch(map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions, tolerance: float) -> Solution:
     method = options.method
-    if method == "auto":
-        if map.remainder <= tolerance:
-            method = "forward_substitution"
-        elif map.remainder <= NEARLY_TRIANGULAR:
-            seed, _ = forward_substitution(map, sigma, u)
-            first = _iterate(Sweep(), map, sigma, u, seed, min(100, options.max_steps), tolerance)
-            if bool(first.converged.all()):
-                return first
-            return _finish(first, map, sigma, u, options.max_steps, tolerance)
-        else:
-            method = "peaceman_rachford"
+    if method == "auto" and map.remainder <= tolerance:
+        method = "forward_substitution"
     if method == "forward_substitution":
         z, residual = forward_substitution(map, sigma, u)
         return _report(z, residual, u, torch.ones_like(residual, dtype=torch.long), tolerance, method)
-    iteration: Iteration
+    solution: Solution | None = None
+    for iteration, max_steps in _plan(method, map, options.max_steps):
+        if solution is None:
+            start = forward_substitution(map, sigma, u)[0] if iteration.name == "sweep" else torch.zeros_like(u)
+            solution = _iterate(iteration, map, sigma, u, start, max_steps, tolerance)
+        elif not bool(solution.converged.all()):
+            solution = _retry(solution, iteration, map, sigma, u, max_steps, tolerance)
+    assert solution is not None
+    return solution
+
+
+def _plan(method: str, map: StateMap, max_steps: int) -> list[tuple[Iteration, int]]:
+    """What to run in turn, each on the samples that the one before left."""
     if method == "sweep":
-        iteration, start = Sweep(), forward_substitution(map, sigma, u)[0]
-    else:
-        iteration = PeacemanRachford() if method == "peaceman_rachford" else ForwardBackward()
-        start = torch.zeros_like(u)
-    return _iterate(iteration, map, sigma, u, start, options.max_steps, tolerance)
+        return [(Sweep(), max_steps)]
+    if method == "forward_backward":
+        return [(ForwardBackward(), max_steps)]
+    if method == "peaceman_rachford":
+        return [(PeacemanRachford(), max_steps)]
+    sweeps: list[tuple[Iteration, int]] = [(Sweep(), min(100, max_steps))] if map.remainder <= NEARLY_TRIANGULAR else []
+    fast, safe = map.splitting_steps
+    splitting: list[tuple[Iteration, int]] = [
+        (PeacemanRachford(fast), min(1000, max_steps) if safe < fast else max_steps)
+    ]
+    return sweeps + splitting + ([(PeacemanRachford(safe), max_steps)] if safe < fast else [])
 
 
-def _finish(
-    first: Solution, map: StateMap, sigma: Elementwise, u: Tensor, max_steps: int, tolerance: float
+def _retry(
+    first: Solution,
+    iteration: Iteration,
+    map: StateMap,
+    sigma: Elementwise,
+    u: Tensor,
+    max_steps: int,
+    tolerance: float,
 ) -> Solution:
-    """Hand the samples that the first method left to Peaceman-Rachford."""
+    """Run another method on the samples that are left, from where they are."""
     left = (~first.converged).nonzero().flatten()
-    second = _iterate(
-        PeacemanRachford(), map, sigma.take(left), u[left], torch.zeros_like(u[left]), max_steps, tolerance
-    )
+    start = torch.nan_to_num(first.value[left], nan=0.0, posinf=0.0, neginf=0.0)
+    second = _iterate(iteration, map, sigma.take(left), u[left], start, max_steps, tolerance)
     return Solution(
         first.value.index_copy(0, left, second.value),
         first.residual.index_copy(0, left, second.residual),
         first.scale.index_copy(0, left, second.scale),
         first.steps.index_add(0, left, second.steps),
         first.status.index_copy(0, left, second.status),
-        f"{first.method}, {second.method}",
+        first.method if first.method.endswith(second.method) else f"{first.method}, {second.method}",
     )
 
 
@@ -183,12 +198,17 @@ def _iterate(
             samples, active, z = samples[go], active[go], z[go]
             state, active_sigma = tuple(part[go] for part in state), active_sigma.take(go)
     value[samples] = z
-    residual = torch.linalg.vector_norm(value - sigma(map.apply(value) + u), dim=-1)
-    return _report(value, residual, u, steps, tolerance, iteration.name)
+    Wz = map.apply(value)
+    residual = torch.linalg.vector_norm(value - sigma(Wz + u), dim=-1)
+    return _report(value, residual, u, steps, tolerance, iteration.name, Wz)
 
 
-def _report(z: Tensor, residual: Tensor, u: Tensor, steps: Tensor, tolerance: float, method: str) -> Solution:
-    scale = torch.linalg.vector_norm(z, dim=-1) + torch.linalg.vector_norm(u, dim=-1)
+def _report(
+    z: Tensor, residual: Tensor, u: Tensor, steps: Tensor, tolerance: float, method: str, Wz: Tensor | None = None
+) -> Solution:
+    # ‖Wz‖ belongs to the scale where it is at hand: the round-off of evaluating Wz + u is proportional to it.
+    terms = (z, u) if Wz is None else (z, u, Wz)
+    scale = torch.stack([torch.linalg.vector_norm(term, dim=-1) for term in terms]).sum(0)
     status = torch.where(residual <= tolerance * scale, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(torch.isfinite(residual), status, int(Status.DIVERGED))
     return Solution(z, residual, scale, steps, status, method)
@@ -230,15 +250,31 @@ class _Equilibrium(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable hides the name of ctx)
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor, None, None, None, None]:
         z, u = ctx.saved_tensors
         (g,) = grad_outputs
-        D = ctx.sigma.slope(ctx.map.apply(z) + u)
-        p = solve(ctx.map.adjoint, _Slopes(D), g, ctx.options, f"the adjoint of {ctx.where}").value
-        return (p.mT @ z if ctx.needs_input_grad[0] else None), p, None, None, None, None
+        with torch.no_grad():
+            D = ctx.sigma.slope(ctx.map.apply(z) + u)
+            p = solve(ctx.map.adjoint, _Slopes(D), g, ctx.options, f"the adjoint of {ctx.where}").value
+            dW = p.mT @ z if ctx.needs_input_grad[0] else None
+        if torch.is_grad_enabled():  # create_graph=True: D and the adjoint depend on W and u, which is not followed
+            p = _Final.apply(p, z, u, g)
+            dW = None if dW is None else _Final.apply(dW, z, u, g)
+        return dW, p, None, None, None, None  # type: ignore[return-value]
+
+
+class _Final(torch.autograd.Function):
+    """A first derivative that refuses to be differentiated again, rather than pass for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *sources: Tensor) -> Tensor:
+        del ctx, sources
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> None:
+        del ctx, grad_outputs
+        raise RuntimeError("second derivatives of an equilibrium are not available")
 
 
 def equilibrium(

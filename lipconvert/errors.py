@@ -86,7 +86,7 @@ class NotConvergedError(LipconvertError):
     """An equilibrium solve stopped before its tolerance was reached.
 
     Attributes: ``solution`` is the `Solution` as far as it came, ``method``, ``unconverged`` (number of samples),
-    ``worst_residual`` (relative to 1 + ‖z‖), ``tolerance``, ``steps``.
+    ``worst_residual`` (relative to `Solution.scale`), ``tolerance``, ``steps``.
     """
 
     def __init__(self, solution: Solution, tolerance: float, where: str = "equilibrium") -> None:

@@ -30,7 +30,12 @@ class Normalize(nn.Module):
         m, s = torch.broadcast_tensors(m.to(torch.get_default_dtype()), s.to(torch.get_default_dtype()))
         self.register_buffer("mean", m.clone())
         self.register_buffer("std", s.clone())
-        if m.dim() != 1 or not bool(torch.isfinite(m).all()) or not bool((torch.isfinite(s) & (s > 0)).all()):
+        if (
+            m.dim() != 1
+            or m.numel() == 0
+            or not bool(torch.isfinite(m).all())
+            or not bool((torch.isfinite(s) & (s > 0)).all())
+        ):
             raise InvalidParameterError("Normalize(mean, std)", (mean, std), "std must be positive, one per channel")
 
     @property
@@ -53,12 +58,14 @@ class PadChannels(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        if channels < 1:
+            raise InvalidParameterError("channels", channels, "it must be at least 1")
         self.channels = int(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        missing = self.channels - x.shape[1]
+        missing = self.channels - x.shape[1] if x.dim() > 1 else -1
         if missing < 0:
-            raise ShapeError("the input of PadChannels", f"at most {self.channels} channels", tuple(x.shape))
+            raise ShapeError("the input of PadChannels", f"(B, at most {self.channels} channels, ...)", tuple(x.shape))
         return functional.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
 
     def extra_repr(self) -> str:
@@ -72,6 +79,8 @@ class FirstFeatures(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
+        if features < 1:
+            raise InvalidParameterError("features", features, "it must be at least 1")
         self.features = int(features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,10 +116,13 @@ class MeanPool(nn.Module):
         return f"kernel_size={self.kernel_size}"
 
 
+_KNOWN = (Normalize, PadChannels, FirstFeatures, MeanPool)
+
+
 def core_lipschitz(module: nn.Module) -> float | None:
     """The Lipschitz constant of a glue module the core knows, None for any other."""
-    if isinstance(module, Normalize | PadChannels | FirstFeatures | MeanPool):
-        return module.lipschitz
+    if type(module) in _KNOWN:  # not a subclass: its forward may be another one
+        return module.lipschitz  # pyright: ignore[reportReturnType]
     if type(module) in (nn.Flatten, nn.Identity, nn.Unflatten):
         return 1.0
     return None

@@ -21,6 +21,7 @@ from .construction import assemble, construct
 from .dae import DAE
 from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, solve
 from .errors import InvalidParameterError, ShapeError
+from .spectrum import require_finite
 from .state_map import StateMap, triangular_blocks
 
 
@@ -65,6 +66,7 @@ class LBEN(nn.Module):
         self.lipschitz, self.epsilon = float(lipschitz), float(epsilon)
         self.options, self.name = options, name
         self.blocks: tuple[int, ...] = (states,)
+        self.input_shape = (in_features,)
         self.log_psi = nn.Parameter(torch.zeros(states))
         self.G = nn.Parameter(torch.empty(out_features, states))
         self.U = nn.Parameter(torch.empty(states, in_features))
@@ -86,16 +88,18 @@ class LBEN(nn.Module):
     def from_dae(cls, dae: DAE, epsilon: float = 0.0, delta: float = 0.0, options: SolverOptions = DEFAULT) -> LBEN:
         """The LBEN with the same function and constant as a DAE, in float64; see `lipconvert.construction.construct`."""
         P = construct(dae, epsilon, delta)
-        self = cls(
-            dae.inputs,
-            dae.states,
-            dae.outputs,
-            lipschitz=P.lipschitz,
-            epsilon=P.epsilon,
-            activation=dae.sigma,
-            options=options,
-            name=dae.name,
-        ).to(device=dae.W.device, dtype=torch.float64)
+        require_finite(P.Psi, f"Ψ = 1/Λ of {dae.name!r}")
+        with torch.random.fork_rng(devices=[]):  # the random start is overwritten: nobody's random numbers are used up
+            self = cls(
+                dae.inputs,
+                dae.states,
+                dae.outputs,
+                lipschitz=P.lipschitz,
+                epsilon=P.epsilon,
+                activation=dae.sigma,
+                options=options,
+                name=dae.name,
+            ).to(device=dae.W.device, dtype=torch.float64)
         self.blocks = triangular_blocks(dae.W) or (dae.states,)
         with torch.no_grad():
             self.V.zero_()
@@ -154,7 +158,12 @@ class LBEN(nn.Module):
 
     def _assembled(self) -> tuple[StateMap, slice]:
         tensors = (self.log_psi, self.G, self.U, self.V, self.S)
-        key = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in tensors)
+        key = (
+            self.lipschitz,
+            self.epsilon,
+            self.blocks,
+            *((p.data_ptr(), p._version, p.dtype, p.device) for p in tensors),
+        )
         if self._inference is None or self._inference[0] != key:
             with torch.no_grad():
                 map = StateMap(self.W, self.blocks, self.Psi.reciprocal())
@@ -173,7 +182,7 @@ class LBEN(nn.Module):
     def _flat(self, x: Tensor) -> Tensor:
         if x.dim() < 1 or x.shape[-1] != self.U.shape[1]:
             raise ShapeError(f"the input of {self.name!r}", f"(..., {self.U.shape[1]})", tuple(x.shape))
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
     @property
     def _where(self) -> str:
@@ -200,7 +209,7 @@ class LBEN(nn.Module):
                 map = self.state_map()
                 W = map.W
             z = equilibrium(W, u, self.sigma, map, self.options, self._where)
-        return functional.linear(z, self.G, self.b_y).reshape(*x.shape[:-1], -1)
+        return functional.linear(z, self.G, self.b_y).reshape(*x.shape[:-1], len(self.b_y))
 
     def get_extra_state(self) -> dict[str, Any]:
         """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""
@@ -212,10 +221,17 @@ class LBEN(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.lipschitz, self.epsilon = float(state["lipschitz"]), float(state["epsilon"])
         runs: Sequence[tuple[str, int]] = state["activations"]
-        self.sigma = Activations.of((name, size) for name, size in runs)
-        self.blocks = tuple(state["blocks"])
+        sigma, blocks = (
+            Activations.of((name, size) for name, size in runs),
+            tuple(int(size) for size in state["blocks"]),
+        )
+        lipschitz, epsilon = float(state["lipschitz"]), float(state["epsilon"])
+        if len(sigma) != len(self.b_z) or sum(blocks) != len(self.b_z) or min(blocks) < 1:
+            raise ShapeError("the extra state of an LBEN", f"{len(self.b_z)} rows", f"{len(sigma)} and {blocks}")
+        if not (0.0 < lipschitz < float("inf") and 0.0 <= epsilon < float("inf")):
+            raise InvalidParameterError("L, ε of the extra state", (lipschitz, epsilon), "L > 0 and ε ≥ 0 are needed")
+        self.lipschitz, self.epsilon, self.sigma, self.blocks = lipschitz, epsilon, sigma, blocks
         self.refresh()
 
     def extra_repr(self) -> str:

@@ -43,7 +43,7 @@ def plot_certified_accuracy(rows: Sequence[DemoRow], path: str | Path, title: st
     axes.set_title(title, fontsize=11, pad=18)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, handlelength=3.2)
+    axes.legend(framealpha=1.0, edgecolor="none", fontsize=9, handlelength=3.2)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")

@@ -1,12 +1,11 @@
 """Everything lipconvert writes or reads as JSON, as pydantic models; ``schemas/*.schema.json`` is generated from them.
 
-``python -m lipconvert.schema DIRECTORY`` writes the schemas; a test compares them with the ones in the repository.
+``make schemas`` writes them; a test compares them with the ones in the repository.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -209,7 +208,3 @@ def main(directory: str) -> None:
     """Write ``<name>.schema.json`` for every document."""
     for name in DOCUMENTS:
         Path(directory, f"{name}.schema.json").write_text(schema_text(name), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "schemas")

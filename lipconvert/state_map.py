@@ -132,7 +132,8 @@ class StateMap:
     def _factor(self, alpha: float) -> tuple[Tensor, Tensor]:
         if alpha not in self._factors:
             eye = torch.eye(self.states, dtype=self.W.dtype, device=self.W.device)
-            LU, pivots = torch.linalg.lu_factor((1.0 + alpha) * eye - alpha * self.W)
+            # Without the check: a singular matrix gives infinite states, and the solve reports that it diverged.
+            LU, pivots, _ = torch.linalg.lu_factor_ex((1.0 + alpha) * eye - alpha * self.W)
             self._factors[alpha] = (LU, pivots)
         return self._factors[alpha]
 
@@ -144,24 +145,27 @@ class StateMap:
     def monotonicity(self) -> tuple[float, float]:
         """(μ, ℓ) of I − W in the metric Λ: ⟨(I − W)e, e⟩_Λ ≥ μ|e|²_Λ and |(I − W)e|_Λ ≤ ℓ|e|_Λ; X(Λ) ⪰ 2μΛ.
 
-        Computed in float64 whatever the dtype of W: error bounds divide by μ.
+        Computed in float64 whatever the dtype of W, and μ lowered by its round-off: error bounds divide by it.
         """
         if self.Lambda is None:
             raise InvalidParameterError("Lambda", None, "a diagonal metric is needed to know how monotone I - W is")
         root, W = self.Lambda.double().sqrt(), self.W.double()
         A = torch.eye(self.states, dtype=W.dtype, device=W.device) - root.unsqueeze(-1) * W / root
-        return float(torch.linalg.eigvalsh(0.5 * (A + A.mT))[0]), float(torch.linalg.matrix_norm(A, 2))
+        ell = float(torch.linalg.matrix_norm(A, 2))
+        allowance = 8.0 * self.states * torch.finfo(A.dtype).eps * ell  # what LAPACK's eigenvalue may be off
+        return float(torch.linalg.eigvalsh(0.5 * (A + A.mT))[0]) - allowance, ell
 
     @cached_property
-    def splitting_step(self) -> float:
-        """α = min(1, 1/√(μℓ)) for Peaceman-Rachford; 1 without a metric.
+    def splitting_steps(self) -> tuple[float, float]:
+        """(fast, safe) steps α of Peaceman-Rachford: min(1, 1/√(μℓ)) and min(fast, 1/ℓ); (1, 1) without a metric.
 
-        1/√(μℓ) has the best worst case; a fine-tuned network with ℓ in the hundreds needs four times fewer steps than with
-        α = 1. Above 1 it was never better: a small μ belongs to a few directions only. Any α > 0 converges, so a few power
-        iterations from a fixed vector are enough; nothing is proved by them.
+        1/√(μℓ) has the best worst case of a symmetric I − W: a fine-tuned network with ℓ in the hundreds needs four times
+        fewer steps than with α = 1, and a stiffer one converges only with it. Above 1 it was never better: a small μ belongs
+        to a few directions. Where the skew part dominates, 1/ℓ is what keeps the rate at 1 − μ/ℓ. Any α > 0 converges, so a
+        few power iterations from a fixed vector are enough; nothing is proved by them.
         """
         if self.Lambda is None or self.states == 0:
-            return 1.0
+            return 1.0, 1.0
         root = self.Lambda.to(self.W).sqrt()
 
         def A(v: Tensor) -> Tensor:
@@ -180,7 +184,10 @@ class StateMap:
             v = v / torch.linalg.vector_norm(v)
             v = ell * v - 0.5 * (A(v) + A_adjoint(v))
         mu = ell - float(torch.linalg.vector_norm(v))
-        return min(1.0, (mu * ell) ** -0.5) if mu > 0.0 else 1.0
+        if not mu > 0.0:
+            return 1.0, 1.0
+        fast = min(1.0, (mu * ell) ** -0.5)
+        return fast, min(fast, 1.0 / ell)
 
     @cached_property
     def comparison(self) -> Tensor | None:

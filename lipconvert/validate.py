@@ -104,8 +104,12 @@ def validate(
     at_most("input gradient: LBEN - source", "network", _relative(J_net, J), gradient_tolerance)
     norm = float(torch.linalg.matrix_norm(J_net, 2).amax())
     at_most("Jacobian 2-norm / L", "network", norm / net.lipschitz, 1.0 + JACOBIAN)
-    for dae, stage in zip(daes, network.steps, strict=True):
+    for members, dae, stage, L in zip(groups, daes, network.steps, network.step_lipschitz, strict=True):
         if dae is None or not isinstance(stage, LBEN):
+            if dae is not None or isinstance(stage, LBEN):
+                raise ShapeError("the converted network", "stages and glue in the order of its source", repr(stage))
+            where = members[0].path or type(stage).__name__
+            at_most("L of the glue - L of its source", where, abs(L / members[0].lipschitz - 1.0), 1e-14)
             continue
         rebuilt = stage.dae()
         if (rebuilt.states, rebuilt.inputs, rebuilt.outputs) != (dae.states, dae.inputs, dae.outputs):

@@ -22,7 +22,7 @@ class PeacemanRachford:
     λ = 1 is Peaceman-Rachford; it converges when I − W is strongly monotone in some diagonal metric (condition (3)).
     λ = 1/2 is Douglas-Rachford, which needs monotonicity only and is slower. Since (I + α(I − W))z = t + αu,
     Wz + u = ((1 + α)z − t)/α comes for free and with it the exact residual of z. α defaults to the map's own
-    `splitting_step`. (Winston & Kolter 2020)
+    fast step. (Winston & Kolter 2020)
     """
 
     name = "peaceman_rachford"
@@ -37,7 +37,7 @@ class PeacemanRachford:
 
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
         (t,) = state
-        alpha = map.splitting_step if self.alpha is None else self.alpha
+        alpha = map.splitting_steps[0] if self.alpha is None else self.alpha
         z = map.resolvent(t + alpha * u, alpha)
         residual = torch.linalg.vector_norm(z - sigma(((1.0 + alpha) * z - t) / alpha), dim=-1)
         t = t + 2.0 * self.relaxation * (sigma.prox(2.0 * z - t, alpha) - z)

@@ -14,6 +14,7 @@ from lipconvert import (
     Activations,
     InvalidParameterError,
     MissingOptionError,
+    SolverOptions,
     StateMap,
     activation_module,
     activation_of,
@@ -33,7 +34,7 @@ class MonotoneDEQ(nn.Module):
       P14), so that L holds by construction.
 
     Parameters carry the names of the public MonDEQ code: ``U``, ``A``, ``B``, ``Wout``. Raises `InvalidParameterError` for
-    m ≤ 0 and `NotConvergedError` from the solver.
+    m ≤ 0 and `NotConvergedError` from the solver; ``options`` say how its equilibria are solved.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class MonotoneDEQ(nn.Module):
         m: float = 1.0,
         lipschitz: float | None = None,
         activation: nn.Module | None = None,
+        options: SolverOptions | None = None,
     ) -> None:
         super().__init__()
+        self.options = SolverOptions() if options is None else options
         if not 0.0 < m < float("inf"):
             raise InvalidParameterError("m", m, "the monotonicity must be positive")
         if lipschitz is not None and not 0.0 < lipschitz < float("inf"):
@@ -104,7 +107,8 @@ class MonotoneDEQ(nn.Module):
         W = self.W()
         u = torch.nn.functional.linear(x, self.input_map(), self.U.bias)
         sigma = Activations(activation_of(self.activation), len(W))
-        z = equilibrium(W, u, sigma, StateMap(W, Lambda=self.phi().detach().reciprocal()))
+        map = StateMap(W, Lambda=self.phi().detach().reciprocal())
+        z = equilibrium(W, u, sigma, map, self.options, f"the equilibrium of {type(self).__name__}")
         return z if self.Wout is None else self.Wout(z)
 
 

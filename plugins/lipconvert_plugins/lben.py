@@ -21,23 +21,18 @@ def to_dae(model: nn.Module) -> DAE | None:
 
 @hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
-    if set(state_dict) != KEYS:
+    if not KEYS <= set(state_dict) <= KEYS | {"_extra_state"}:
         return None
-    for option, meaning in (("lipschitz", "the prescribed constant γ"), ("epsilon", "ε of eq. 2")):
-        if option not in options:
-            raise MissingOptionError("lben", option, meaning)
     n, p = state_dict["U"].shape
-    model = LBEN(
-        p,
-        n,
-        len(state_dict["b_y"]),
-        lipschitz=float(options["lipschitz"]),
-        epsilon=float(options["epsilon"]),
-        activation=options.get("activation", "relu"),
-    ).to(state_dict["U"].dtype)
-    for name, value in state_dict.items():
-        with torch.no_grad():
-            getattr(model, name).copy_(value)
+    given: dict[str, Any] = {}
+    if "_extra_state" not in state_dict:  # written as safetensors, or by other code: L and ε are not there
+        for option, meaning in (("lipschitz", "the prescribed constant γ"), ("epsilon", "ε of eq. 2")):
+            if option not in options:
+                raise MissingOptionError("lben", option, meaning)
+            given[option] = float(options[option])
+        given["activation"] = options.get("activation", "relu")
+    model = LBEN(p, n, len(state_dict["b_y"]), **given).to(state_dict["U"].dtype)
+    model.load_state_dict(state_dict, strict=not given)
     return model
 
 

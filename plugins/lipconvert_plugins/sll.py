@@ -27,9 +27,11 @@ class SLLLinear(ResidualLinear):
         self.log_q = nn.Parameter(torch.zeros(self.inner))
 
     def T(self) -> Tensor:
-        # T does not change when q is scaled: subtracting the largest exponent keeps exp from overflowing.
-        q = (self.log_q - self.log_q.max()).exp()
-        T = ((self.weight @ self.weight.mT).abs() @ q) / q
+        # The differences, not q itself: T does not change when q is scaled, and no q underflows to 0/0. Where a column is
+        # orthogonal to another one, their ratio does not matter, however large.
+        gram = (self.weight @ self.weight.mT).abs()
+        ratio = (self.log_q - self.log_q.unsqueeze(-1)).masked_fill(gram == 0, 0.0).exp()
+        T = (gram * ratio).sum(-1)
         return torch.where(T > 0, T, torch.ones_like(T))
 
 

@@ -1,0 +1,424 @@
+"""Networks to files and back bit by bit, and every way a file can be wrong."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import lipconvert as lc
+
+EXAMPLES = [
+    (name, index) for name in lc.registry().names() for index in range(len(lc.registry().example_models(name, 0)))
+]
+
+
+def example(name, index=0, seed=0):
+    return lc.registry().example_models(name, seed)[index]
+
+
+def samples(net, count=6):
+    generator = torch.Generator().manual_seed(3)
+    dtype = next(net.parameters()).dtype
+    return torch.randn(count, *net.input_shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def tensors_of(path):
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def bits(tensor):
+    """The bytes of a tensor: −0 and 0 differ, NaN equals itself."""
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.item().hex()
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+    @pytest.mark.parametrize(("name", "index"), EXAMPLES)
+    def test_bit_by_bit(self, name, index, dtype, tmp_path):
+        model = example(name, index).double()
+        shape = getattr(model, "input_shape", None) or (lc.to_dae(model).inputs,)
+        net = lc.convert(model, shape).to(dtype)
+        path = tmp_path / "net.safetensors"
+        lc.save(net, path)
+        loaded = lc.load(path)
+        # The file itself, read by another library, holds the parameters' bytes.
+        stored, _ = tensors_of(path)
+        parameters = dict(net.named_parameters()) | dict(net.named_buffers())
+        assert {k: bits(v) for k, v in stored.items()} == {k: bits(v) for k, v in parameters.items()}
+        again = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+        assert {k: bits(v) for k, v in again.items()} == {k: bits(v) for k, v in parameters.items()}
+        assert (loaded.lipschitz, loaded.input_shape) == (net.lipschitz, net.input_shape)
+        assert loaded.info() == net.info()
+        x = samples(net)
+        with torch.no_grad():
+            assert torch.equal(loaded(x), net(x))
+        assert loaded.methods(x) == net.methods(x)
+
+    def test_every_kind_of_glue(self, tmp_path):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            lc.Normalize([0.1, 0.2], [0.25, 0.3]),
+            lc.PadChannels(3),
+            nn.Identity(),
+            nn.ReLU(),
+            lc.MeanPool(2),
+            nn.Flatten(),
+            nn.Linear(12, 5),
+            lc.FirstFeatures(2),
+        )
+        net = lc.convert(model, (2, 4, 4))
+        lc.save(net, tmp_path / "net.safetensors")
+        loaded = lc.load(tmp_path / "net.safetensors")
+        assert [type(s) for s in loaded.steps] == [type(s) for s in net.steps]
+        x = samples(net)
+        with torch.no_grad():
+            assert torch.equal(loaded(x), net(x))
+        assert loaded.step_lipschitz == net.step_lipschitz
+        assert net.step_lipschitz[0] == pytest.approx(4.0, rel=1e-7)  # 1/0.25; std is stored in torch's default dtype
+
+    def test_strict_start_and_trained_weights(self, tmp_path):
+        net = lc.convert(example("sandwich"), epsilon=1e-6, delta=1e-2)
+        optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+        net(samples(net)).square().sum().backward()
+        optimiser.step()
+        lc.save(net, tmp_path / "net.safetensors")
+        loaded = lc.load(tmp_path / "net.safetensors")
+        assert [s.epsilon for s in loaded.stages] == [1e-6]
+        assert loaded.lipschitz == net.lipschitz
+        assert torch.equal(loaded(samples(net)), net(samples(net)))
+
+    def test_activations_with_parameters(self, tmp_path):
+        torch.manual_seed(0)
+        layers = [
+            nn.LeakyReLU(1 / 3),
+            nn.ELU(0.7),
+            nn.Softplus(2.5),
+            nn.Tanh(),
+            nn.Hardtanh(),
+            nn.ReLU6(),
+            nn.Sigmoid(),
+        ]
+        model = nn.Sequential(*[m for layer in layers for m in (nn.Linear(3, 3), layer)], nn.Linear(3, 2))
+        net = lc.convert(model)
+        lc.save(net, tmp_path / "net.safetensors")
+        loaded = lc.load(tmp_path / "net.safetensors")
+        assert [s.sigma for s in loaded.stages] == [s.sigma for s in net.stages]
+        assert torch.equal(loaded(samples(net)), net(samples(net)))
+
+    def test_overwriting_keeps_the_newest(self, tmp_path):
+        path = tmp_path / "net.safetensors"
+        lc.save(lc.convert(example("sll", 0, 0)), path)
+        other = lc.convert(example("sll", 0, 1))
+        lc.save(other, path)
+        assert torch.equal(lc.load(path).stages[0].V, other.stages[0].V)
+        assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+class TestNothingHalfWritten:
+    def test_wrong_suffix(self, tmp_path):
+        net = lc.convert(example("aol"))
+        for name in ("net.pt", "net.onnx", "net"):
+            with pytest.raises(lc.CheckpointError, match="the suffix must be"):
+                lc.save(net, tmp_path / name)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_glue_that_cannot_be_rebuilt(self, tmp_path):
+        net = lc.convert(nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Flatten(), nn.Linear(3, 2)), (3,))
+        with pytest.raises(lc.CheckpointError, match="Unflatten"):
+            lc.save(net, tmp_path / "net.safetensors")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_write_that_fails_leaves_the_old_file(self, tmp_path, monkeypatch):
+        path = tmp_path / "net.safetensors"
+        net = lc.convert(example("aol"))
+        lc.save(net, path)
+        before = path.read_bytes()
+
+        def fails(tensors, name, metadata):
+            Path(name).write_bytes(b"half of it")
+            raise OSError("disk full")
+
+        monkeypatch.setattr("lipconvert.checkpoint.save_file", fails)
+        with pytest.raises(OSError, match="disk full"):
+            lc.save(net, path)
+        assert path.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """(path, tensors, manifest) of a good checkpoint with glue in it, and rewrite(tensors, manifest)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(lc.Normalize(0.5, 0.25), nn.Flatten(), *example("aol"))
+    path = tmp_path / "net.safetensors"
+    lc.save(lc.convert(model, (5,)), path)
+    tensors, metadata = tensors_of(path)
+    manifest = json.loads(metadata["lipconvert"])
+
+    def rewrite(new_tensors=tensors, new_manifest=manifest):
+        text = new_manifest if isinstance(new_manifest, str) else json.dumps(new_manifest)
+        save_file(new_tensors, path, metadata={"lipconvert": text})
+        return path
+
+    return path, tensors, manifest, rewrite
+
+
+def _stage(manifest):
+    return next(step for step in manifest["steps"] if step["kind"] == "lben")
+
+
+def _glue(manifest, kind):
+    return next(step for step in manifest["steps"] if step.get("type") == kind)
+
+
+class TestBadFiles:
+    def test_the_fixture_is_good(self, checkpoint):
+        path, _, _, rewrite = checkpoint
+        lc.load(path)
+        lc.load(rewrite())
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(lc.CheckpointError, match="cannot be read"):
+            lc.load(tmp_path / "nothing.safetensors")
+
+    def test_a_directory(self, tmp_path):
+        with pytest.raises(lc.CheckpointError, match="cannot be read"):
+            lc.load(tmp_path)
+
+    @pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, 0.99, -1])
+    def test_truncated(self, checkpoint, keep):
+        path, *_ = checkpoint
+        data = path.read_bytes()
+        path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+        with pytest.raises(lc.CheckpointError, match="cannot be read"):
+            lc.load(path)
+
+    @pytest.mark.parametrize("data", [b"not a checkpoint at all", bytes(64), b"PK\x03\x04" + bytes(60), b"\xff" * 64])
+    def test_not_safetensors(self, tmp_path, data):
+        path = tmp_path / "net.safetensors"
+        path.write_bytes(data)
+        with pytest.raises(lc.CheckpointError, match="cannot be read"):
+            lc.load(path)
+
+    def test_somebody_elses_safetensors(self, tmp_path):
+        path = tmp_path / "net.safetensors"
+        for metadata in (None, {"format": "pt"}):
+            save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
+            with pytest.raises(lc.CheckpointError, match="not a lipconvert checkpoint"):
+                lc.load(path)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "{}", '{"format_version": 2}', "1e999"])
+    def test_a_manifest_that_is_none(self, checkpoint, text):
+        *_, rewrite = checkpoint
+        with pytest.raises(lc.CheckpointError, match="metadata 'lipconvert'"):
+            lc.load(rewrite(new_manifest=text))
+
+    @pytest.mark.parametrize(
+        ("change", "where"),
+        [
+            (lambda m: m.update(surprise=1), "surprise"),
+            (lambda m: m.update(format_version=2), "format_version"),
+            (lambda m: m.update(dtype="float16"), "dtype"),
+            (lambda m: m.pop("input_shape"), "input_shape"),
+            (lambda m: _stage(m).update(surprise=1), "surprise"),
+            (lambda m: _stage(m).update(states=0), "states"),
+            (lambda m: _stage(m).update(states=-3), "states"),
+            (lambda m: _stage(m).update(lipschitz=0.0), "lipschitz"),
+            (lambda m: _stage(m).update(lipschitz=-1.0), "lipschitz"),
+            (lambda m: _stage(m).update(lipschitz=float("nan")), "lipschitz"),
+            (lambda m: _stage(m).update(lipschitz=float("inf")), "lipschitz"),
+            (lambda m: _stage(m).update(epsilon=-1e-3), "epsilon"),
+            (lambda m: _stage(m).update(kind="cnn"), "kind"),
+            (lambda m: _stage(m).update(states=_stage(m)["states"] + 1), "manifest step"),
+            (lambda m: _stage(m).update(blocks=[1]), "blocks"),
+            (lambda m: _stage(m).update(blocks=[]), "blocks"),
+            (lambda m: _stage(m).update(blocks=[_stage(m)["states"] + 1, -1]), "blocks"),
+            (lambda m: _stage(m).update(activations=[["relu", 1]]), "activations"),
+            (lambda m: _stage(m).update(activations=[["gelu", _stage(m)["states"]]]), "gelu"),
+            (lambda m: _stage(m).update(activations=[["leaky_relu(1.5)", _stage(m)["states"]]]), "leaky_relu"),
+            (lambda m: _stage(m).update(activations=[["leaky_relu(x)", _stage(m)["states"]]]), "leaky_relu"),
+            (lambda m: _stage(m).update(inputs=_stage(m)["inputs"] + 1), "tensor"),
+            (lambda m: _stage(m).update(outputs=_stage(m)["outputs"] + 1), "tensor"),
+            (lambda m: m["steps"].append(dict(_glue(m, "Flatten"), type="Linear")), "unknown glue 'Linear'"),
+            (lambda m: m["steps"].append(dict(_glue(m, "Flatten"), type="os.system")), "unknown glue"),
+            (lambda m: _glue(m, "Flatten")["arguments"].update(surprise=1), "needs the arguments"),
+            (lambda m: _glue(m, "Flatten").update(arguments={}), "needs the arguments"),
+            (lambda m: _glue(m, "Normalize")["arguments"].update(std=[0.0]), "Normalize"),
+            (lambda m: _glue(m, "Normalize")["arguments"].update(std=[-1.0]), "Normalize"),
+            (lambda m: _glue(m, "Normalize")["arguments"].update(mean=[0.0, 0.0]), "tensor"),
+            (lambda m: _glue(m, "Normalize").update(lipschitz=1.0), "Lipschitz constant 4"),
+            (lambda m: m["steps"].pop(0), "tensor"),
+            (lambda m: m["steps"].clear(), "tensor"),
+        ],
+    )
+    def test_tampered_manifest(self, checkpoint, change, where):
+        _, _, manifest, rewrite = checkpoint
+        change(manifest)
+        with pytest.raises(lc.CheckpointError, match=where) as caught:
+            lc.load(rewrite(new_manifest=manifest))
+        assert caught.value.path.endswith("net.safetensors")
+
+    def test_a_raised_step_constant_is_not_hidden_by_the_glue_tensors(self, checkpoint):
+        """A smaller std in the tensors than in the manifest would make the network steeper than it claims."""
+        _, tensors, _, rewrite = checkpoint
+        changed = {k: v / 10.0 if k.endswith("std") else v for k, v in tensors.items()}
+        assert any(k.endswith("std") for k in tensors)
+        with pytest.raises(lc.CheckpointError):
+            lc.load(rewrite(new_tensors=changed))
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda t, k: t.pop(k), "missing"),
+            (lambda t, k: t.update(extra=torch.zeros(1)), "unexpected"),
+            (lambda t, k: t.update({k: t[k].float()}), "float32"),
+            (lambda t, k: t.update({k: t[k].half()}), "float16"),
+            (lambda t, k: t.update({k: t[k][:-1].clone()}), "the manifest says"),
+            (lambda t, k: t.update({k: t[k].unsqueeze(0)}), "the manifest says"),
+            (lambda t, k: t[k].view(-1)[0].fill_(float("nan")), "NaN or infinity"),
+            (lambda t, k: t[k].view(-1)[-1].fill_(float("-inf")), "NaN or infinity"),
+        ],
+        ids=["missing", "unexpected", "float32", "float16", "short", "dimension", "nan", "inf"],
+    )
+    @pytest.mark.parametrize("parameter", ["log_psi", "G", "U", "V", "S", "b_z", "b_y"])
+    def test_bad_tensors(self, checkpoint, parameter, change, reason):
+        _, tensors, _, rewrite = checkpoint
+        key = next(k for k in tensors if k.endswith(f".{parameter}"))
+        change(tensors, key)
+        with pytest.raises(lc.CheckpointError, match=reason) as caught:
+            lc.load(rewrite(new_tensors=tensors))
+        assert caught.value.field == f"tensor {'extra' if reason == 'unexpected' else key!r}".replace(
+            "tensor extra", "tensor 'extra'"
+        )
+
+
+class _Malicious:
+    """Unpickling this would create a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+class TestReadWeights:
+    @pytest.mark.parametrize("nest", [None, "model_state_dict", "state_dict", "model"])
+    @pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_torch_files(self, tmp_path, nest, prefix, dtype):
+        state = {"a.weight": torch.arange(6.0, dtype=dtype).reshape(2, 3), "a.bias": torch.ones(2, dtype=dtype)}
+        stored = {prefix + key: value for key, value in state.items()}
+        torch.save(stored if nest is None else {nest: stored, "epoch": 3}, tmp_path / "w.pt")
+        found = lc.read_weights(tmp_path / "w.pt")
+        assert {k: bits(v) for k, v in found.items()} == {k: bits(v) for k, v in state.items()}
+
+    def test_safetensors(self, tmp_path):
+        state = {"module.w": torch.arange(3.0)}
+        save_file(state, tmp_path / "w.safetensors")
+        assert bits(lc.read_weights(tmp_path / "w.safetensors")["w"]) == bits(state["module.w"])
+
+    def test_a_prefix_that_not_all_share_stays(self, tmp_path):
+        torch.save({"module.w": torch.zeros(1), "v": torch.zeros(1)}, tmp_path / "w.pt")
+        assert set(lc.read_weights(tmp_path / "w.pt")) == {"module.w", "v"}
+
+    def test_what_is_no_tensor_is_left_out(self, tmp_path):
+        torch.save({"w": torch.zeros(1), "epoch": 3, "_extra_state": {"a": [1]}}, tmp_path / "w.pt")
+        assert set(lc.read_weights(tmp_path / "w.pt")) == {"w"}
+
+    def test_pickles_are_not_executed(self, tmp_path):
+        target = tmp_path / "executed"
+        for name, dump in (("w.pt", torch.save), ("w.pth", lambda o, p: p.write_bytes(pickle.dumps(o, protocol=2)))):
+            dump({"w": torch.zeros(1), "code": _Malicious(target)}, tmp_path / name)
+            with pytest.raises(lc.WeightsError, match="are not opened"):
+                lc.read_weights(tmp_path / name)
+        assert not target.exists()
+
+    def test_a_whole_pickled_module_is_refused(self, tmp_path):
+        torch.save(nn.Linear(2, 2), tmp_path / "w.pt")
+        with pytest.raises(lc.WeightsError, match="not a file of plain weights"):
+            lc.read_weights(tmp_path / "w.pt")
+
+    @pytest.mark.parametrize(
+        "data", [b"", b"hello, this is text\n", b"PK\x03\x04" + bytes(60), bytes(100), b"\x80\x02."]
+    )
+    @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ""])
+    def test_not_a_weights_file(self, tmp_path, data, suffix):
+        path = tmp_path / f"w{suffix}"
+        path.write_bytes(data)
+        with pytest.raises(lc.WeightsError) as caught:
+            lc.read_weights(path)
+        assert caught.value.path == str(path)
+
+    def test_missing_and_directories(self, tmp_path):
+        for path in (tmp_path / "none.pt", tmp_path):
+            with pytest.raises(lc.WeightsError, match="there is no such file"):
+                lc.read_weights(path)
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            ([torch.zeros(1)], "holds a list"),
+            (torch.zeros(1), "holds a Tensor"),
+            (3, "holds a int"),
+            ({}, "holds a"),
+            ({"epoch": 3}, "no tensors"),
+            ({"model_state_dict": {}}, "holds a"),
+        ],
+    )
+    def test_no_state_dict_inside(self, tmp_path, content, reason):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(lc.WeightsError, match=reason):
+            lc.read_weights(tmp_path / "w.pt")
+
+    def test_truncated_torch_file(self, tmp_path):
+        torch.save({"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0))}, tmp_path / "w.pt")
+        data = (tmp_path / "w.pt").read_bytes()
+        (tmp_path / "w.pt").write_bytes(data[: len(data) // 2])
+        with pytest.raises(lc.WeightsError):
+            lc.read_weights(tmp_path / "w.pt")
+
+
+class TestRecognition:
+    def test_unknown_weights_name_keys_and_plugins(self):
+        with pytest.raises(
+            lc.WeightsError, match=r"my\.pt: no plugin recognises these weights \(keys: conv1\.weight"
+        ) as e:
+            lc.from_state_dict({"conv1.weight": torch.zeros(2, 2)}, path="my.pt")
+        assert "sll" in str(e.value)
+
+    def test_missing_options_are_asked_for_by_name(self):
+        state = example("sll").state_dict()
+        with pytest.raises(lc.MissingOptionError, match="--option inputs=") as caught:
+            lc.from_state_dict(state)
+        assert (caught.value.plugin, caught.value.option) == ("sll", "inputs")
+        with pytest.raises(lc.MissingOptionError) as caught:
+            lc.from_state_dict(state, {"inputs": 5})
+        assert caught.value.option == "classes"
+        model = lc.from_state_dict(state, {"inputs": 5, "classes": 3})
+        x = torch.linspace(-1.0, 1.0, 10).reshape(2, 5).to(state["sll0.weight"].dtype)
+        with torch.no_grad():
+            assert torch.equal(model(x), example("sll")(x))
+
+    def test_gamma_of_sandwich_and_m_of_mondeq(self):
+        for name, option in (("sandwich", "lipschitz"), ("mondeq", "m"), ("g_mondeq", "m")):
+            with pytest.raises(lc.MissingOptionError) as caught:
+                lc.from_state_dict(example(name).state_dict())
+            assert (caught.value.plugin, caught.value.option) == (name, option)
+
+    def test_a_layout_of_the_public_mondeq_code(self):
+        """``mon.linear_module.`` in front of U, A, B, and the readout beside it."""
+        model = example("mondeq")
+        state = {
+            ("" if key.startswith("Wout") else "mon.linear_module.") + key: value
+            for key, value in model.state_dict().items()
+        }
+        rebuilt = lc.from_state_dict(state, {"m": model.m})
+        for key, value in model.state_dict().items():
+            assert torch.equal(rebuilt.state_dict()[key], value)

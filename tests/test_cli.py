@@ -1,0 +1,426 @@
+"""The command line: exit codes, what stands where, and numbers that agree with the Python API and with plain torch."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from lipconvert_plugins.mondeq import MonDEQ
+from lipconvert_plugins.sll import SLLNetwork
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import lipconvert as lc
+from lipconvert import cli, data, demo
+from lipconvert.schema import DemoReport, NetworkInfo, PluginList, RobustnessReport, ValidationReport
+
+
+def flat():
+    torch.manual_seed(0)
+    return SLLNetwork(inputs=64, classes=10)
+
+
+def image():
+    torch.manual_seed(0)
+    model = nn.Sequential(lc.Normalize([0.5], [0.25]), nn.Flatten(), SLLNetwork(inputs=64, classes=10))
+    model.input_shape = (1, 8, 8)
+    return model
+
+
+def chatty():
+    print("a factory that talks")
+    return flat()
+
+
+def failing():
+    raise ZeroDivisionError("one over nothing")
+
+
+def leaving():
+    sys.exit("bye")
+
+
+def nothing():
+    return None
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path, monkeypatch):
+    """A module ``my_models`` of factories, and an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("my_models")
+    for factory in (flat, image, chatty, failing, leaving, nothing):
+        setattr(module, factory.__name__, factory)
+    module.built, module.number = flat(), 3
+    monkeypatch.setitem(sys.modules, "my_models", module)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command line puts the current folder there
+    return module
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def as_json(*arguments, code=0):
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def test_plugins_lists_what_is_registered():
+    listed = PluginList.model_validate(as_json("plugins"))
+    assert [p.name for p in listed.plugins] == [p.name for p in lc.plugins()]
+    shown = run("plugins").stdout
+    assert all(p.name in shown for p in lc.plugins())
+
+
+def test_a_refused_plugin_is_listed_with_its_reason(monkeypatch):
+    broken = lc.Plugin("broken", "broken-dist", "9.9", "broken.module", error="ImportError: no such thing")
+    monkeypatch.setattr(cli, "registered", lambda: [*lc.plugins(), broken])
+    assert "not loaded: broken (broken-dist 9.9): ImportError: no such thing" in run("plugins").stdout
+    assert as_json("plugins")["plugins"][-1]["error"] == "ImportError: no such thing"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_convert_writes_the_same_function(tmp_path, dtype):
+    document = as_json("convert", "my_models:flat", "--out", "sub/net.safetensors", "--dtype", dtype)
+    net = lc.load(tmp_path / "sub" / "net.safetensors")
+    x = torch.randn(20, 64)
+    with torch.no_grad():
+        expected, found = flat()(x), net(x.to(getattr(torch, dtype)))
+    assert found.dtype is getattr(torch, dtype)
+    tolerance = 1e-12 if dtype == "float64" else 1e-5  # what a conversion promises, or better
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["net.safetensors"]
+    assert NetworkInfo.model_validate(document["network"]) == net.info()
+    assert ValidationReport.model_validate(document["validation"]).passed
+    assert document["out"] == os.path.join("sub", "net.safetensors")
+
+
+def test_convert_prints_steps_constant_and_checks():
+    shown = run("convert", "my_models:image", "--out", "net.safetensors").stdout
+    for text in (
+        "Normalize",
+        "sll0 > 2.sll1",
+        "L = 4",
+        "least eigenvalue of H",
+        "validation passed",
+        "wrote net.safetensors",
+    ):
+        assert text in shown
+
+
+def different(monkeypatch):
+    """Conversions go wrong by 1e-6 in one bias."""
+    right = cli.convert_model
+
+    def wrong(*arguments, **options):
+        net = right(*arguments, **options)
+        with torch.no_grad():
+            net.stages[0].b_y[0] += 1e-6
+        return net
+
+    monkeypatch.setattr(cli, "convert_model", wrong)
+
+
+@pytest.mark.parametrize("before", [None, b"an older file"])
+def test_a_network_that_is_not_its_source_is_exit_code_1_and_never_written(tmp_path, monkeypatch, before):
+    different(monkeypatch)
+    target = tmp_path / "net.safetensors"
+    if before is not None:
+        target.write_bytes(before)
+    result = run("convert", "my_models:flat", "--out", target, code=1)
+    assert "FAILED" in result.stdout
+    assert "error: validation failed: output: LBEN - source (network)" in result.stderr
+    assert (target.read_bytes() if target.exists() else None) == before
+    document = as_json("convert", "my_models:flat", "--out", target, code=1)
+    assert document["out"] is None
+    assert not document["validation"]["passed"]
+    assert (target.read_bytes() if target.exists() else None) == before
+
+
+def test_validate_compares_a_checkpoint_with_its_own_source_only(models):
+    assert ValidationReport.model_validate(as_json("validate", "my_models:flat")).passed
+    run("convert", "my_models:flat", "--out", "net.safetensors")
+    assert as_json("validate", "my_models:flat", "--net", "net.safetensors")["passed"]
+    other = flat()
+    with torch.no_grad():
+        other.sll1.bias[0] += 0.5
+    models.other = lambda: other
+    result = run("validate", "my_models:other", "--net", "net.safetensors", code=1)
+    assert "FAILED" in result.stdout
+    assert result.stderr.startswith("error: validation failed")
+    assert not as_json("validate", "my_models:other", "--net", "net.safetensors", code=1)["passed"]
+
+
+def test_epsilon_and_delta_reach_the_network():
+    document = as_json("info", "my_models:flat", "--epsilon", "1e-3", "--delta", "0.1")
+    assert document["steps"][0]["epsilon"] == 1e-3
+    assert document["lipschitz"] == pytest.approx(1.1, rel=1e-14)  # one product
+
+
+def plain_accuracies(model, x, labels, L, radii):
+    """Natural and certified accuracy of the explicit network, by its definition."""
+    with torch.no_grad():
+        y = model(x).tolist()
+    margins = [row[k] - max(v for j, v in enumerate(row) if j != k) for row, k in zip(y, labels.tolist(), strict=True)]
+    return [sum(m > math.sqrt(2) * L * r for m in margins) / len(margins) for r in (0.0, *radii)]
+
+
+@pytest.mark.parametrize("factory", ["flat", "image"])
+def test_certify_counts_margins(factory, models):
+    model = getattr(models, factory)()
+    L = 4.0 if factory == "image" else 1.0
+    x, labels = data.load("digits").tensors()
+    x = (x if factory == "image" else x.flatten(1))[:100].double()
+    expected = plain_accuracies(model, x, labels[:100], L, (0.01, 36 / 255))
+    arguments = ("certify", f"my_models:{factory}", "--data", "digits", "--limit", 100, "--radii", "36/255, 0.01")
+    report = RobustnessReport.model_validate(as_json(*arguments))
+    assert report.samples == 100
+    assert report.lipschitz == pytest.approx(L, rel=1e-14)  # one product
+    assert report.radii == [0.01, 36 / 255]
+    # Counts out of 100: margins are equal to 1e-14 and none lies that close to a threshold.
+    assert [report.natural_accuracy, *report.certified_accuracy] == expected
+    assert expected[0] > 0.0
+    run("convert", f"my_models:{factory}", "--out", "net.safetensors")
+    assert as_json("certify", "net.safetensors", *arguments[2:]) == report.model_dump(mode="json")
+    assert f"{100 * expected[0]:.2f}" in run(*arguments).stdout
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (("--data", "imagenet"), "digits, mnist"),
+        (("--data", "mnist", "--data-dir", "nowhere"), "download=True"),
+        (("--data", "digits", "--limit", "0"), "limit"),
+        (("--data", "digits", "--radii", "a"), "--radii"),
+        (("--data", "digits", "--radii", "1/0"), "--radii"),
+        (("--data", "digits", "--radii=-1"), "negative"),
+        (("--data", "digits", "--split", "all"), "train, test"),
+    ],
+)
+def test_certify_on_what_is_not_there(extra, said):
+    result = run("certify", "my_models:flat", *extra, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+
+
+def test_certify_with_images_of_another_size(models):
+    models.small = lambda: SLLNetwork(inputs=5, classes=3)
+    assert "(1, 8, 8)" in run("certify", "my_models:small", "--data", "digits", code=2).stderr
+
+
+def test_info_of_a_checkpoint_and_of_a_model_agree():
+    run("convert", "my_models:flat", "--out", "net.safetensors")
+    of_checkpoint = as_json("info", "net.safetensors")
+    assert of_checkpoint == as_json("info", "my_models:flat")
+    assert of_checkpoint["steps"][0]["states"] == 64 + 2 * 64  # one identity block, a block for each layer
+    assert "L = 1" in run("info", "net.safetensors").stdout
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("my_models:absent", "my_models has no 'absent'"),
+        ("my_models:number", "number is of type int, not a function"),
+        ("my_models:nothing", "nothing() returned NoneType, not a torch.nn.Module"),
+        ("my_models:failing", "failing() failed with ZeroDivisionError: one over nothing"),
+        ("my_models:leaving", "leaving() failed with SystemExit: bye"),
+        ("my_models:", "it does not read package.module:factory"),
+        (":flat", "it does not read package.module:factory"),
+        ("my_models", "there is no such file"),
+    ],
+)
+def test_factories_that_give_no_model(spec, said):
+    result = run("info", spec, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: model {spec!r}: ")
+    assert said in result.stderr
+
+
+def test_a_module_that_cannot_be_imported_says_which_line(tmp_path):
+    (tmp_path / "broken_on_import.py").write_text("import torch\nimport surely_not_installed\n")
+    assert "No module named 'surely_not_installed'" in run("info", "broken_on_import:f", code=2).stderr
+    (tmp_path / "raising_on_import.py").write_text("x = 1\n\nraise RuntimeError('not today')\n")
+    shown = run("info", "raising_on_import:f", code=2).stderr
+    assert "RuntimeError: not today" in shown
+    assert "line 3" in shown
+
+
+def test_a_model_instance_is_taken_as_it_is():
+    assert as_json("info", "my_models:built") == as_json("info", "my_models:flat")
+
+
+def test_what_a_factory_prints_does_not_reach_stdout():
+    result = run("info", "my_models:chatty", "--json")
+    assert json.loads(result.stdout)["lipschitz"] == 1.0
+    assert "a factory that talks" in result.stderr
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_are_loaded_into_the_factory(tmp_path, suffix):
+    torch.manual_seed(7)
+    trained = SLLNetwork(inputs=64, classes=10)
+    path = tmp_path / f"w.{suffix}"
+    (torch.save if suffix == "pt" else save_file)(trained.state_dict(), path)
+    run("convert", "my_models:flat", "--weights", path, "--out", "net.safetensors")
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(lc.load("net.safetensors")(x), trained(x), rtol=0, atol=1e-12)  # |logits| below 10
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("sll1.log_q"), "tensor 'sll1.log_q' is missing"),
+        (lambda s: s.update(extra=torch.zeros(1)), "tensor 'extra' is not one of SLLNetwork's"),
+        (lambda s: s.update({"sll0.weight": torch.zeros(3, 64)}), "tensor 'sll0.weight' has shape (3, 64)"),
+    ],
+)
+def test_weights_that_do_not_fit_name_the_tensor(tmp_path, change, said):
+    state = flat().state_dict()
+    change(state)
+    torch.save(state, tmp_path / "w.pt")
+    result = run("convert", "my_models:flat", "--weights", "w.pt", "--out", "net.safetensors", code=2)
+    assert said in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_a_recognised_weights_file_with_options(tmp_path):
+    torch.manual_seed(0)
+    model = MonDEQ(6, 7, 3, m=0.6)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "w.pt")
+    run("convert", "w.pt", "--option", "m=0.6", "--out", "net.safetensors")
+    x = torch.randn(5, 6)
+    net = lc.load("net.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), model(x), rtol=1e-10, atol=1e-11)  # two solves to 1e-13
+    norms = torch.linalg.svdvals(model.U.weight)[0] * torch.linalg.svdvals(model.Wout.weight)[0]
+    assert net.lipschitz == pytest.approx(float(norms.detach()) / 0.6, rel=1e-12)
+
+
+def test_options_are_numbers_where_they_read_as_such():
+    found = cli._options(["m=1.5", "classes=10", "kind=deep", "path=a=b"])
+    assert found == {"m": 1.5, "classes": 10, "kind": "deep", "path": "a=b"}
+    assert type(found["classes"]) is int
+
+
+def test_what_does_not_go_together(tmp_path):
+    run("convert", "my_models:flat", "--out", "net.safetensors")
+    torch.save(flat().state_dict(), tmp_path / "w.pt")
+    for arguments in (
+        ("convert", "net.safetensors", "--out", "two.safetensors"),
+        ("validate", "net.safetensors"),
+        ("info", "net.safetensors", "--weights", "w.pt"),
+        ("info", "w.pt", "--weights", "w.pt"),
+        ("info", "my_models:flat", "--option", "m=1"),
+        ("convert", "my_models:flat", "--out", "net.pt"),
+        ("info", "my_models:flat", "--plugin", "absent"),
+        ("info", "my_models:flat", "--dtype", "float16"),
+    ):
+        result = run(*arguments, code=2)
+        assert result.stderr.startswith("error: ")
+        assert result.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.safetensors", "w.pt"]
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run("convert", "my_models:flat", "--out", "file/net.safetensors", code=2)
+    assert result.stderr.startswith("error: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_checkpoint(tmp_path):
+    run("convert", "my_models:flat", "--out", "net.safetensors")
+    whole = (tmp_path / "net.safetensors").read_bytes()
+    (tmp_path / "net.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "net.safetensors" in run("certify", "net.safetensors", "--data", "digits", code=2).stderr
+    save_file({"a": torch.zeros(2)}, tmp_path / "net.safetensors", metadata={"lipconvert": "{}"})
+    assert "metadata 'lipconvert'" in run("info", "net.safetensors", code=2).stderr
+
+
+def test_an_interruption_is_exit_code_130_and_leaves_nothing(tmp_path, models):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    models.interrupted = interrupted
+    assert "interrupted" in run("convert", "my_models:interrupted", "--out", "net.safetensors", code=130).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_prints_one_table_and_writes_three_files(tmp_path):
+    arguments = (
+        "demo",
+        "--out",
+        "runs/x",
+        "--epochs",
+        1,
+        "--limit",
+        40,
+        "--architecture",
+        "aol",
+        "--architecture",
+        "sll",
+    )
+    result = run(*arguments)
+    lines = result.stdout.splitlines()
+    assert sum(line.split()[:1] in (["aol"], ["sll"]) for line in lines) == 2
+    assert sorted(p.name for p in (tmp_path / "runs" / "x").iterdir()) == [
+        "certified-accuracy.png",
+        "report.json",
+        "report.md",
+    ]
+    document = as_json(*arguments)
+    assert [row.architecture for row in DemoReport.model_validate(document).rows] == ["aol", "sll"]
+    assert json.loads((tmp_path / "runs" / "x" / "report.json").read_text(encoding="utf-8")) == document
+
+
+def test_demo_with_a_wrong_conversion_is_exit_code_1(tmp_path, monkeypatch):
+    right = demo.convert
+
+    def wrong(*arguments, **options):
+        net = right(*arguments, **options)
+        with torch.no_grad():
+            net.stages[0].b_y[0] += 1e-6
+        return net
+
+    monkeypatch.setattr(demo, "convert", wrong)
+    result = run("demo", "--out", "x", "--epochs", 1, "--limit", 20, "--architecture", "aol", code=1)
+    assert result.stderr.startswith("error: validation failed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_architecture():
+    assert "resnet" in run("demo", "--architecture", "resnet", code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["plugins", "demo", "convert", "validate", "certify", "info"])
+def test_every_command_has_help_and_json(command):
+    assert "--json" in run(command, "--help").stdout
+
+
+def test_as_a_program_in_an_empty_folder(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from lipconvert_plugins.sll import SLLNetwork\n\n\ndef net():\n    return SLLNetwork(inputs=4, classes=2)\n"
+    )
+
+    def program(*arguments):
+        command = [sys.executable, "-m", "lipconvert", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    good = program("convert", "mine:net", "--out", "net.safetensors", "--json")
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["validation"]["passed"]
+    bad = program("info", "mine:absent")
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert bad.stderr == "error: model 'mine:absent': mine has no 'absent'; it has net\n"
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["mine.py", "net.safetensors"]

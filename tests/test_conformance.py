@@ -1,0 +1,39 @@
+"""The conformance suite over everything registered: a plugin cannot be registered and go untested.
+
+A plugin that has no ``example_models`` fails collection here (see `PluginConformance.pytest_generate_tests`).
+"""
+
+import types
+
+import pytest
+
+import lipconvert as lc
+from lipconvert.testing import PluginConformance
+
+
+def _suite(name: str) -> type[PluginConformance]:
+    title = "Test" + "".join(part.capitalize() for part in name.replace("-", "_").split("_"))
+    return type(title, (PluginConformance,), {"plugin": name, "__module__": __name__})
+
+
+SUITES = [_suite(name) for name in lc.registry().names()]
+globals().update({suite.__name__: suite for suite in SUITES})
+
+
+def test_every_plugin_loads_and_has_a_suite():
+    assert {plugin.name: plugin.error for plugin in lc.plugins() if plugin.error is not None} == {}
+    assert len({suite.__name__ for suite in SUITES}) == len(lc.registry().names()) > 0
+
+
+def test_collection_fails_without_examples():
+    bare = types.ModuleType("bare")
+    bare.to_dae = lc.hookimpl(lambda model: None)
+    metafunc = types.SimpleNamespace(fixturenames=["model"])
+    lc.registry().register(bare, "bare")
+    try:
+        with pytest.raises(pytest.Collector.CollectError, match=r"'bare' has no example_models .*Implement the hook"):
+            _suite("bare")().pytest_generate_tests(metafunc)
+    finally:
+        lc.registry().unregister("bare")
+    with pytest.raises(pytest.Collector.CollectError, match="'bare' is not loaded: it is not installed"):
+        _suite("bare")().pytest_generate_tests(metafunc)

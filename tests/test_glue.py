@@ -1,0 +1,152 @@
+"""Glue modules: their value written out, and their Lipschitz constant as the largest singular value of their matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lipconvert as lc
+from lipconvert import InvalidParameterError, ShapeError, UnsupportedModuleError
+from lipconvert.glue import affine_image, core_lipschitz
+
+CASES: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (lc.Normalize(), (3,)),
+    (lc.Normalize(0.4, 0.25), (1, 4, 4)),
+    (lc.Normalize([0.1, 0.2, 0.3], [0.5, 2.0, 0.25]), (3, 2, 2)),
+    (lc.Normalize([0.1, 0.2], 4.0), (2,)),
+    (lc.PadChannels(5), (5,)),
+    (lc.PadChannels(5), (2,)),
+    (lc.PadChannels(4), (3, 2, 2)),
+    (lc.FirstFeatures(2), (5,)),
+    (lc.FirstFeatures(5), (5,)),
+    (lc.MeanPool(1), (2, 3, 3)),
+    (lc.MeanPool(2), (2, 4, 6)),
+    (lc.MeanPool(3), (1, 3, 6)),
+    (nn.Flatten(), (2, 2, 3)),
+    (nn.Identity(), (4,)),
+    (nn.Unflatten(1, (2, 3)), (6,)),
+]
+
+
+def matrix(module: nn.Module, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """By finite differences with step 1 of an affine map, one input at a time."""
+    size = int(np.prod(shape))
+    zero = module(torch.zeros(1, *shape)).flatten().detach().numpy()
+    columns = [module(torch.eye(size)[k].reshape(1, *shape)).flatten().detach().numpy() - zero for k in range(size)]
+    return np.stack(columns, 1), zero
+
+
+@pytest.mark.parametrize(("module", "shape"), CASES, ids=lambda v: repr(v)[:40])
+def test_lipschitz_constant_is_the_norm_of_the_matrix(module: nn.Module, shape: tuple[int, ...]) -> None:
+    module = module.double()
+    M, b = matrix(module, shape)
+    known = core_lipschitz(module)
+    assert known is not None
+    assert float(np.linalg.norm(M, 2)) == pytest.approx(known, rel=1e-6)  # Normalize was made in float32 at import
+    assert float(np.linalg.norm(M, 2)) <= known * (1.0 + 1e-14)
+    image, constant = affine_image(module, shape)
+    np.testing.assert_allclose(image.numpy(), M, rtol=0.0, atol=1e-15)
+    np.testing.assert_allclose(constant.numpy(), b, rtol=0.0, atol=1e-15)
+
+
+def test_normalize_value() -> None:
+    mean, std = [0.1, 0.2, 0.3], [0.5, 2.0, 0.25]
+    x = torch.rand(2, 3, 4, 5)
+    expected = np.stack([(x[:, c].numpy() - mean[c]) / std[c] for c in range(3)], 1)
+    np.testing.assert_allclose(lc.Normalize(mean, std)(x).numpy(), expected, rtol=1e-15)
+    assert lc.Normalize(mean, std).lipschitz == 4.0
+    assert lc.Normalize(0.0, 0.5)(torch.ones(2, 7)).tolist() == [[2.0] * 7] * 2
+
+
+def test_pad_value() -> None:
+    x = torch.randn(2, 3, 2, 2)
+    padded = lc.PadChannels(5)(x)
+    assert padded.shape == (2, 5, 2, 2)
+    assert torch.equal(padded[:, :3], x)
+    assert bool((padded[:, 3:] == 0).all())
+
+
+def test_first_features_value() -> None:
+    x = torch.randn(4, 6)
+    assert torch.equal(lc.FirstFeatures(2)(x), torch.stack([x[:, 0], x[:, 1]], 1))
+
+
+def test_mean_pool_value() -> None:
+    x = torch.randn(2, 3, 4, 6)
+    expected = torch.zeros(2, 3, 2, 3)
+    for i in range(2):
+        for j in range(3):
+            window = x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            expected[:, :, i, j] = 2.0 * window.mean((2, 3))  # k times the mean
+    torch.testing.assert_close(lc.MeanPool(2)(x), expected, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        (0.0, 0.0),
+        (0.0, -1.0),
+        (0.0, [1.0, 0.0]),
+        (float("nan"), 1.0),
+        (0.0, float("inf")),
+        (0.0, float("nan")),
+    ],
+)
+def test_normalize_refuses_bad_numbers(mean: float, std: float | list[float]) -> None:
+    with pytest.raises(InvalidParameterError):
+        lc.Normalize(mean, std)
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (lc.Normalize([0.0] * 3, [1.0] * 3), torch.zeros(2, 4, 2, 2)),
+        (lc.Normalize(), torch.zeros(3)),
+        (lc.PadChannels(2), torch.zeros(2, 3)),
+        (lc.FirstFeatures(4), torch.zeros(2, 3)),
+        (lc.FirstFeatures(1), torch.zeros(2, 3, 3)),
+        (lc.MeanPool(2), torch.zeros(2, 1, 3, 4)),
+        (lc.MeanPool(2), torch.zeros(2, 4)),
+    ],
+    ids=lambda v: repr(v)[:30] if isinstance(v, nn.Module) else "",
+)
+def test_inputs_that_do_not_fit(module: nn.Module, x: Tensor) -> None:
+    with pytest.raises(ShapeError) as caught:
+        module(x)
+    assert type(module).__name__ in caught.value.where
+
+
+def test_a_window_has_a_size() -> None:
+    with pytest.raises(InvalidParameterError):
+        lc.MeanPool(0)
+
+
+def test_other_modules_are_not_glue() -> None:
+    class Doubled(nn.Flatten):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2.0 * super().forward(x)
+
+    for module in (nn.Linear(2, 2), nn.ReLU(), nn.Dropout(), Doubled()):
+        assert core_lipschitz(module) is None
+
+
+def test_affine_image_refuses_what_is_not_affine() -> None:
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x**2
+
+    for module in (nn.ReLU(), Square()):
+        with pytest.raises(UnsupportedModuleError) as caught:
+            affine_image(module, (3,), "tail")
+        assert caught.value.path == "tail"
+    M, b = affine_image(nn.Linear(3, 2), (3,))
+    assert M.shape == (2, 3)
+    assert b.shape == (2,)
+
+
+def test_glue_is_shown_with_its_numbers() -> None:
+    assert "5" in repr(lc.PadChannels(5))
+    assert "2" in repr(lc.FirstFeatures(2))
+    assert "3" in repr(lc.MeanPool(3))
