@@ -182,7 +182,8 @@ def _glue(entry: GlueEntry) -> nn.Module:
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The state dict in a ``.safetensors`` file or a torch file opened with ``weights_only=True``.
 
-    Entries that hold a module's extra state (plain data) are kept. A nest such as ``{"model_state_dict": ...}`` or ``{"state_dict": ...}`` is opened; prefixes ``module.`` are stripped.
+    Entries that hold a module's extra state (plain data) are kept.
+    A nest such as ``{"model_state_dict": ...}`` or ``{"state_dict": ...}`` is opened; prefixes ``module.`` are stripped.
     Raises `WeightsError` for a file that is missing, is not a weights file, or would have to run code to be read.
     """
     name = str(path)

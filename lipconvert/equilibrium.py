@@ -64,7 +64,7 @@ class Solution:
 @dataclass(frozen=True)
 class SolverOptions:
     """How to solve. ``method``: one of `METHODS`; ``tolerance``: relative residual, None for the dtype's default (1e-13
-    in float64, 2e-6 in float32); ``max_steps``: of each iterative method; ``throw``: raise `NotConvergedError` rather
+    in float64, 2e-6 in float32); ``max_steps``: of one sample, in all; ``throw``: raise `NotConvergedError` rather
     than hand back an unconverged `Solution`.
 
     ``auto`` takes forward substitution when one pass meets the tolerance (a triangular W, exactly or to round-off), block
@@ -139,12 +139,17 @@ def _plan(method: str, map: StateMap, max_steps: int) -> list[tuple[Iteration, i
         return [(ForwardBackward(), max_steps)]
     if method == "peaceman_rachford":
         return [(PeacemanRachford(), max_steps)]
-    sweeps: list[tuple[Iteration, int]] = [(Sweep(), min(100, max_steps))] if map.remainder <= NEARLY_TRIANGULAR else []
+    plan: list[tuple[Iteration, int]] = [(Sweep(), 100)] if map.remainder <= NEARLY_TRIANGULAR else []
     fast, safe = map.splitting_steps
-    splitting: list[tuple[Iteration, int]] = [
-        (PeacemanRachford(fast), min(1000, max_steps) if safe < fast else max_steps)
-    ]
-    return sweeps + splitting + ([(PeacemanRachford(safe), max_steps)] if safe < fast else [])
+    plan += [(PeacemanRachford(fast), 1000 if safe < fast else max_steps)]
+    plan += [(PeacemanRachford(safe), max_steps)] if safe < fast else []
+    budgeted = []
+    for iteration, steps in plan:
+        steps = min(steps, max_steps)
+        if steps:
+            budgeted.append((iteration, steps))
+        max_steps -= steps
+    return budgeted
 
 
 def _retry(

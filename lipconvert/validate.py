@@ -55,7 +55,8 @@ def validate(
     On ``inputs`` (B, *input_shape), 64 standard normal samples by default: outputs and input-gradients of source, DAE and
     LBEN; for each stage W rebuilt against W, λ_min of H(Ψ⁻¹, L) and L(1 + δ); the Jacobian's 2-norm against L(1 + 1e-6).
     Tolerances are those of the converted network's dtype (float64: 1e-10 outputs, 1e-8 gradients, 1e-12 W and H; float32:
-    1e-5, 1e-3, 1e-5), relative to the largest entry compared (W: to max(1, ‖W‖), H: to max(1, ‖Λ‖)).
+    1e-5, 1e-3, 1e-5), relative to the largest entry compared (W: Frobenius norms in the gauge Λ = I, relative to
+    max(1, ‖W‖); H: to max(1, ‖Λ‖)).
     ``delta``: the δ the network was converted with.
 
     Raises `EquivalenceError` with the report when a check fails, unless ``throw`` is False; `ShapeError` for inputs that
@@ -114,8 +115,11 @@ def validate(
         rebuilt = stage.dae()
         if (rebuilt.states, rebuilt.inputs, rebuilt.outputs) != (dae.states, dae.inputs, dae.outputs):
             raise ShapeError(f"stage {stage.name!r}", repr(dae), repr(rebuilt))
-        W_error = float(torch.linalg.matrix_norm(rebuilt.W - dae.W))
-        at_most("W rebuilt - W", stage.name, W_error / max(1.0, float(torch.linalg.matrix_norm(dae.W))), W_tolerance)
+        root = dae.Lambda.sqrt()
+        W_error, W_size = (
+            float(torch.linalg.matrix_norm(root.unsqueeze(-1) * M / root)) for M in (rebuilt.W - dae.W, dae.W)
+        )
+        at_most("W rebuilt - W", stage.name, W_error / max(1.0, W_size), W_tolerance)
         allowance = EIGENVALUE[dtype] * max(1.0, float(rebuilt.Lambda.max()))
         least = check(rebuilt).least_eigenvalue
         checks.append(_result("least eigenvalue of H", stage.name, least, -allowance, ">="))

@@ -339,10 +339,11 @@ def test_a_solve_that_does_not_converge(monkeypatch, factories):
         net(x)
     error = caught.value
     assert error.unconverged == 5
-    # The residual by hand: ‖z − relu(Wz + Ux + b)‖ relative to ‖z‖ + ‖Ux + b‖.
+    # The residual by hand: ‖z − relu(Wz + Ux + b)‖ relative to ‖z‖ + ‖Ux + b‖ + ‖Wz‖.
     with torch.no_grad():
         z, u = error.solution.value, x @ hasty.U.mT + hasty.b_z
-        residual = (z - (z @ hasty.W.mT + u).relu()).norm(dim=1) / (z.norm(dim=1) + u.norm(dim=1))
+        Wz = z @ hasty.W.mT
+        residual = (z - (Wz + u).relu()).norm(dim=1) / (z.norm(dim=1) + u.norm(dim=1) + Wz.norm(dim=1))
     assert error.worst_residual == pytest.approx(float(residual.max()), rel=1e-9)  # a residual of 1e-2, formed twice
     factories.hasty = lambda: hasty
     shown = refused("bad_models:hasty", "--input-shape", "4")

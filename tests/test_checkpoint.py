@@ -328,9 +328,11 @@ class TestReadWeights:
         torch.save({"module.w": torch.zeros(1), "v": torch.zeros(1)}, tmp_path / "w.pt")
         assert set(lc.read_weights(tmp_path / "w.pt")) == {"module.w", "v"}
 
-    def test_what_is_no_tensor_is_left_out(self, tmp_path):
-        torch.save({"w": torch.zeros(1), "epoch": 3, "_extra_state": {"a": [1]}}, tmp_path / "w.pt")
-        assert set(lc.read_weights(tmp_path / "w.pt")) == {"w"}
+    def test_what_is_neither_tensor_nor_extra_state_is_left_out(self, tmp_path):
+        torch.save({"w": torch.zeros(1), "epoch": 3, "m._extra_state": {"a": [1]}}, tmp_path / "w.pt")
+        found = lc.read_weights(tmp_path / "w.pt")
+        assert set(found) == {"w", "m._extra_state"}
+        assert found["m._extra_state"] == {"a": [1]}
 
     def test_pickles_are_not_executed(self, tmp_path):
         target = tmp_path / "executed"
