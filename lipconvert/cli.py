@@ -40,7 +40,15 @@ from .errors import (
 )
 from .network import Network
 from .registry import plugins as registered
-from .schema import NetworkInfo, PluginList, PluginRecord, RobustnessReport, TrainConfig, ValidationReport
+from .schema import (
+    ConversionReport,
+    NetworkInfo,
+    PluginList,
+    PluginRecord,
+    RobustnessReport,
+    TrainConfig,
+    ValidationReport,
+)
 from .validate import validate as validate_network
 
 app = typer.Typer(
@@ -443,13 +451,8 @@ def convert(
         checkpoint.save(net, out)
     info = net.info()
     if as_json:
-        _print_json(
-            {
-                "out": str(out) if report.passed else None,
-                "network": info.model_dump(mode="json"),
-                "validation": report.model_dump(mode="json"),
-            }
-        )
+        done = ConversionReport(out=str(out) if report.passed else None, network=info, validation=report)
+        _print_json(done.model_dump(mode="json"))
     else:
         console = _console()
         _print_network(console, info)

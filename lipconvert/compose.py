@@ -142,14 +142,14 @@ def _without(dae: DAE, k: int, rows: slice) -> DAE | None:
 def _restricted_rows(dae: DAE, V: Tensor, keep: Tensor, rows: slice, We: Tensor, Ue: Tensor) -> Tensor:
     reduced = V[..., keep] + V[..., rows] @ We
     if not bool((Ue != 0).any()):
-        return _compress(reduced)
+        return _stack_rows(reduced)
     L = dae.lipschitz
     LU = dae.Lambda.unsqueeze(-1) * dae.U
     drift = (LU[..., keep, :] + We.mH @ LU[..., rows, :]).mH  # U′ΛE
     eye = torch.eye(dae.inputs, dtype=V.dtype, device=V.device)
     R = torch.cat([2.0**0.5 * reduced, -drift / L**0.5], dim=-2)
     N = torch.cat([2.0**0.5 * V[..., rows] @ Ue, L**0.5 * eye - LU[..., rows, :].mH @ Ue / L**0.5], dim=-2)
-    return _compress((R - N @ (N.mH @ R) / L) / 2.0**0.5)
+    return _stack_rows((R - N @ (N.mH @ R) / L) / 2.0**0.5)
 
 
 def scale(dae: DAE, alpha: float = 1.0, beta: float = 1.0) -> DAE:
@@ -228,14 +228,8 @@ def _through(M: Tensor, b: Tensor) -> Tensor:
 
 
 def _stack_rows(*parts: Tensor) -> Tensor:
-    """Rows on top of one another, those that are exactly zero left out."""
+    """Rows on top of one another, those that are exactly zero left out, at most n of them with the same V′V."""
     rows = torch.cat(parts, dim=-2)
     alive = (rows != 0).any(dim=-1)
-    while alive.dim() > 1:
-        alive = alive.any(dim=0)
-    return _compress(rows[..., alive, :])
-
-
-def _compress(rows: Tensor) -> Tensor:
-    """At most n rows with the same V′V."""
+    rows = rows[..., alive.reshape(-1, rows.shape[-2]).any(0), :]
     return triangular_factor(rows) if rows.shape[-2] > rows.shape[-1] else rows

@@ -26,7 +26,8 @@ class Parameters:
     """LBEN parameters (float64) with the margin they were built at.
 
     ``Psi`` (n,), ``G`` (q, n), ``U`` (n, p), ``V`` (r, n), ``S`` (n, n), ``epsilon``, ``lipschitz``. ``closed_form``: V is
-    the architecture's own rows, not a numerical square root. ``margin``: λ_min of H in the gauge Λ = I, before V.
+    the architecture's own rows, which show H = 2V′V ⪰ 0 without an eigenvalue, not a numerical square root. ``margin``: for
+    the latter λ_min of H in the gauge Λ = I, negative by round-off at most.
     """
 
     Psi: Tensor
@@ -37,7 +38,7 @@ class Parameters:
     epsilon: float
     lipschitz: float
     closed_form: bool
-    margin: float
+    margin: float | None
 
 
 def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
@@ -56,25 +57,31 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
         dae = replace(dae, Lambda=strict_multiplier(dae, delta), lipschitz=dae.lipschitz * (1.0 + delta), V=None)
     H, Lambda = H_matrix(dae), dae.Lambda
     gauged, scale = unit_gauge(H, Lambda), H_scale(dae)
-    margin = least_eigenvalue(gauged)
     tolerance = roundoff(gauged, scale)
-    if margin < -tolerance:
-        raise NotPSDError(f"H(Λ, L) of {dae.name!r} at L = {dae.lipschitz:g} (gauge Λ = I)", margin, tolerance)
     closed_form = dae.V is not None and epsilon == 0.0
+    margin = None
     if closed_form:
         assert dae.V is not None
         V = triangular_factor(dae.V)
         error = float(torch.linalg.matrix_norm(unit_gauge(2.0 * V.mH @ V - H, Lambda)).amax()) if H.numel() else 0.0
         if error > tolerance:
+            _require_psd(dae, least_eigenvalue(gauged), tolerance)
             raise InvalidParameterError(
                 f"2V'V - H of {dae.name!r}",
                 f"{error:.3e} in norm",
                 f"closed-form rows must satisfy V'V = H/2 to {tolerance:.1e}",
             )
     else:
+        margin = least_eigenvalue(gauged)
+        _require_psd(dae, margin, tolerance)
         V = _root(dae, H, epsilon, scale)
     S = -0.5 * Lambda.unsqueeze(-1) * dae.W
     return Parameters(Lambda.reciprocal(), dae.G, dae.U, V, S, epsilon, dae.lipschitz, closed_form, margin)
+
+
+def _require_psd(dae: DAE, margin: float, tolerance: float) -> None:
+    if margin < -tolerance:
+        raise NotPSDError(f"H(Λ, L) of {dae.name!r} at L = {dae.lipschitz:g} (gauge Λ = I)", margin, tolerance)
 
 
 def _root(dae: DAE, H: Tensor, epsilon: float, scale: float) -> Tensor:

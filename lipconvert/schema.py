@@ -95,6 +95,14 @@ class NetworkInfo(_Document):
     steps: list[StageInfo]
 
 
+class ConversionReport(_Document):
+    """What ``lipconvert convert --json`` prints."""
+
+    out: str | None = Field(description="the checkpoint; null when validation failed and nothing was written")
+    network: NetworkInfo
+    validation: ValidationReport
+
+
 class PluginRecord(_Document):
     """One row of ``lipconvert plugins``."""
 
@@ -154,7 +162,7 @@ class TrainConfig(_Document):
     epochs: int = Field(default=24, ge=1)
     batch_size: int = Field(default=128, ge=1)
     learning_rate: float = Field(default=3e-2, gt=0.0, description="peak of the one-cycle schedule")
-    offset: float = Field(default=0.3, ge=0.0, description="radius asked for by the loss, in input units")
+    offset: float = Field(default=0.6, ge=0.0, description="radius asked for by the loss, in input units")
     temperature: float = Field(default=0.12, gt=0.0)
     seed: int = Field(default=0, ge=0)
 
@@ -187,6 +195,7 @@ class DemoReport(_Document):
 
 
 DOCUMENTS: dict[str, type[_Document]] = {
+    "conversion-report": ConversionReport,
     "demo-report": DemoReport,
     "manifest": Manifest,
     "network-info": NetworkInfo,
