@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .activations import Activations, is_activation
 from .errors import CheckpointError, LipconvertError, WeightsError
+from .files import whole
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, core_lipschitz
 from .lben import LBEN
 from .network import Network
@@ -65,13 +66,8 @@ def save(net: Network, path: str | Path) -> None:
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in net.state_dict().items() if isinstance(value, Tensor)
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    try:
+    with whole(target) as partial:
         save_file(tensors, partial, metadata={KEY: manifest.model_dump_json()})
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Network:

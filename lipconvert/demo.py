@@ -24,6 +24,7 @@ from .certify import RADII, certify
 from .convert import convert
 from .equilibrium import DEFAULT, SolverOptions
 from .errors import InvalidParameterError
+from .files import whole
 from .plotting import plot_certified_accuracy
 from .registry import registry
 from .schema import DemoReport, DemoRow, RobustnessReport, TrainConfig
@@ -201,10 +202,10 @@ def run(
         rows=rows,
     )
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     title = f"Certified accuracy on digits ({len(test[1])} test images)"
     plot_certified_accuracy(rows, folder / "certified-accuracy.png", title)
-    _write(folder / "report.md", markdown(report))
+    with whole(folder / "report.md") as partial:
+        partial.write_text(markdown(report), encoding="utf-8")
     report.write(folder / "report.json")
     return report
 
@@ -257,12 +258,3 @@ def markdown(report: DemoReport) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

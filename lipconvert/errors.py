@@ -7,10 +7,7 @@ The attributes carry the same facts for programs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .equilibrium import Solution
+from typing import Any
 
 
 class LipconvertError(Exception):
@@ -89,7 +86,7 @@ class NotConvergedError(LipconvertError):
     ``worst_residual`` (relative to `Solution.scale`), ``tolerance``, ``steps``.
     """
 
-    def __init__(self, solution: Solution, tolerance: float, where: str = "equilibrium") -> None:
+    def __init__(self, solution: Any, tolerance: float, where: str = "equilibrium") -> None:
         self.solution, self.tolerance, self.method = solution, tolerance, solution.method
         self.unconverged = int((~solution.converged).sum())
         self.worst_residual = float(solution.relative_residual.max())

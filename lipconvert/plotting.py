@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .certify import RADII
+from .files import whole
 from .schema import DemoRow
 
 # Okabe & Ito's palette, distinct for colour-blind readers; the line style says it once more, in print too.
@@ -44,11 +45,5 @@ def plot_certified_accuracy(rows: Sequence[DemoRow], path: str | Path, title: st
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(framealpha=1.0, edgecolor="none", fontsize=9, handlelength=3.2)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    try:
+    with whole(path) as partial:
         figure.savefig(partial, format="png")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .files import whole
+
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -19,11 +21,8 @@ class _Document(BaseModel):
 
     def write(self, path: str | Path) -> None:
         """Write as indented JSON, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(target)
+        with whole(path) as partial:
+            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 class CheckResult(_Document):

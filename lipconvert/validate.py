@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .conditions import check
-from .convert import group, stage_dae, trace
 from .dae import DAE
 from .equilibrium import equilibrium
 from .errors import EquivalenceError, ShapeError
@@ -19,6 +18,7 @@ from .lben import LBEN
 from .network import Network
 from .schema import CheckResult, ValidationReport
 from .state_map import StateMap
+from .trace import group, stage_dae, trace
 
 # What a conversion promises, relative: outputs, input gradients, W. Float32 rounds the parameters themselves.
 TOLERANCE = {torch.float64: (1e-10, 1e-8, 1e-12), torch.float32: (1e-5, 1e-3, 1e-5)}

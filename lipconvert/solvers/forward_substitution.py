@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..state_map import StateMap
-
-if TYPE_CHECKING:
-    from . import Elementwise
+from .iteration import Elementwise
 
 
 def forward_substitution(map: StateMap, sigma: Elementwise, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..errors import InvalidParameterError
 from ..state_map import StateMap
-
-if TYPE_CHECKING:
-    from . import Elementwise, State
+from .iteration import Elementwise, State
 
 
 class PeacemanRachford:

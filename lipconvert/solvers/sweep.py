@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..state_map import StateMap
-
-if TYPE_CHECKING:
-    from . import Elementwise, State
+from .iteration import Elementwise, State
 
 
 class Sweep:
