@@ -177,8 +177,8 @@ _REFUSED = {
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether `activation_of` has something to say about a module: it is in the table, or refused by name."""
-    return type(module) in _MODULES or type(module).__name__ in _REFUSED
+    """Whether a module is an activation: in the table, the identity apart, or refused by name."""
+    return (type(module) in _MODULES or type(module).__name__ in _REFUSED) and not isinstance(module, nn.Identity)
 
 
 def activation_of(module: nn.Module | str | Activation, path: str = "") -> Activation:
@@ -187,7 +187,7 @@ def activation_of(module: nn.Module | str | Activation, path: str = "") -> Activ
     Raises `UnsupportedActivationError` for anything that is not elementwise with slope in [0, 1]: GELU and SiLU have
     negative slopes, |x| has slope −1, MaxMin and GroupSort mix coordinates, PReLU's slope is free.
 
-    torch's Softplus switches to v beyond its threshold (a step of exp(−threshold), 2e-9 by default); ours does not.
+    torch's Softplus switches to v beyond its threshold (a step of exp(−threshold)/beta, 2e-9 by default); ours does not.
     """
     if isinstance(module, Activation):
         return module
@@ -200,6 +200,9 @@ def activation_of(module: nn.Module | str | Activation, path: str = "") -> Activ
         raise UnsupportedActivationError(
             path, "Hardtanh", f"its range is [{module.min_val}, {module.max_val}], not [-1, 1]."
         )
+    if isinstance(module, nn.Softplus) and module.threshold < 20.0:
+        reason = f"its threshold {module.threshold} makes it jump; 20 or more is needed."
+        raise UnsupportedActivationError(path, "Softplus", reason)
     value = float(getattr(module, _PARAMETERS[kind])) if kind in _PARAMETERS else 0.0
     try:
         return Activation(_MODULES[kind], value)
@@ -232,6 +235,8 @@ class Activations:
         merged: list[tuple[Activation, int]] = []
         for activation, size in runs:
             activation = activation_of(activation)
+            if size < 0:
+                raise InvalidParameterError("the number of rows of an activation", size, "it must not be negative")
             if size == 0:
                 continue
             if merged and merged[-1][0] == activation:

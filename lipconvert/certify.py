@@ -39,8 +39,9 @@ def certified_radii(net: Network, x: Tensor, labels: Tensor) -> tuple[Tensor, Te
     own = y.gather(1, labels[:, None]).squeeze(1)
     others = y.scatter(1, labels[:, None], -math.inf).amax(1)
     radius = (own - others - math.sqrt(2.0) * evaluation.error) / (math.sqrt(2.0) * net.lipschitz)
-    radius = torch.where(evaluation.converged, radius, -math.inf)
-    return radius, own > others, evaluation.converged, evaluation.error
+    # Without a finite error nothing is known of a sample, however its solve ended.
+    known = evaluation.converged & torch.isfinite(evaluation.error)
+    return torch.where(known, radius, -math.inf), own > others, known, evaluation.error
 
 
 def certify(
@@ -65,8 +66,7 @@ def certify(
         raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(METHODS)}")
     if not radii or not all(0.0 <= r < math.inf for r in radii):
         raise InvalidParameterError("radii", list(radii), "at least one is needed, none of them negative or infinite")
-    dtype = next((p.dtype for p in net.parameters()), torch.float64)
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    dtype, device = net.dtype, net.device
     loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=batch_size)
     thresholds = torch.tensor(sorted(float(r) for r in radii), dtype=torch.float64, device=device)
     samples = natural = unconverged = 0

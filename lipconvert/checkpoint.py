@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .activations import Activations, is_activation
+from .activations import Activations, activation_module, activation_of, is_activation
 from .errors import CheckpointError, LipconvertError, WeightsError
 from .files import whole
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, core_lipschitz
+from .glue import KNOWN
 from .lben import LBEN
 from .network import Network
 from .registry import registry
@@ -28,20 +28,7 @@ from .schema import GlueEntry, Manifest, StageEntry
 
 KEY = "lipconvert"
 EXTRA = "_extra_state"
-# A float32 network keeps a rounded std, its manifest the constant of the unrounded one: half a unit in the last place.
-GLUE_TOLERANCE = 1e-7
 SUFFIX = ".safetensors"
-
-# Glue that can be rebuilt from numbers: its type, the constructor arguments, and where they are read.
-_GLUE: dict[str, tuple[type[nn.Module], dict[str, str]]] = {
-    "Normalize": (Normalize, {"mean": "mean", "std": "std"}),
-    "PadChannels": (PadChannels, {"channels": "channels"}),
-    "FirstFeatures": (FirstFeatures, {"features": "features"}),
-    "MeanPool": (MeanPool, {"kernel_size": "kernel_size"}),
-    "Flatten": (nn.Flatten, {"start_dim": "start_dim", "end_dim": "end_dim"}),
-    "Identity": (nn.Identity, {}),
-    "ReLU": (nn.ReLU, {}),
-}
 
 
 def save(net: Network, path: str | Path) -> None:
@@ -54,13 +41,14 @@ def save(net: Network, path: str | Path) -> None:
     if target.suffix != SUFFIX:
         raise CheckpointError(str(target), "path", f"the suffix must be {SUFFIX}")
     entries: list[StageEntry | GlueEntry] = []
-    for step, L in zip(net.steps, net.step_lipschitz, strict=True):
-        entries.append(_stage_entry(step) if isinstance(step, LBEN) else _glue_entry(step, L, str(target)))
-    dtype = next((p.dtype for p in net.parameters()), torch.float64)
+    for step in net.steps:
+        entries.append(_stage_entry(step) if isinstance(step, LBEN) else _glue_entry(step, str(target)))
+    if net.dtype not in (torch.float32, torch.float64):
+        raise CheckpointError(str(target), "dtype", f"{net.dtype} is not written; only float32 and float64 are")
     manifest = Manifest(
         lipconvert_version=version("lipconvert"),
         input_shape=list(net.input_shape),
-        dtype="float32" if dtype is torch.float32 else "float64",
+        dtype="float32" if net.dtype is torch.float32 else "float64",
         steps=entries,
     )
     tensors = {
@@ -89,26 +77,25 @@ def load(path: str | Path) -> Network:
     except (json.JSONDecodeError, pydantic.ValidationError) as error:
         raise CheckpointError(name, f"metadata {KEY!r}", str(error)) from error
     steps: list[nn.Module] = []
-    constants: list[float | None] = []
     for index, entry in enumerate(manifest.steps):
+        if isinstance(entry, StageEntry):
+            _require_sizes(entry, index, tensors, name)  # before anything of the size it claims is made
         try:
             steps.append(_stage(entry) if isinstance(entry, StageEntry) else _glue(entry))
-        except (LipconvertError, KeyError, TypeError, ValueError) as error:
+        except (LipconvertError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(name, f"manifest step {index}", str(error)) from error
-        constants.append(entry.lipschitz)
-    net = Network(steps, constants, manifest.input_shape).to(getattr(torch, manifest.dtype)).eval()
+    net = Network(steps, [None] * len(steps), manifest.input_shape).to(getattr(torch, manifest.dtype)).eval()
     _fill(net, tensors, name)
-    for index, (step, claimed) in enumerate(zip(net.steps, net.glue_lipschitz, strict=True)):
-        # From the tensors that were read, not from the manifest's arguments.
-        known = claimed if isinstance(step, LBEN) else 1.0 if is_activation(step) else core_lipschitz(step)
-        if claimed is not None and not (known is not None and known <= claimed * (1.0 + GLUE_TOLERANCE)):
-            kind = type(step).__name__
-            raise CheckpointError(
-                name,
-                f"manifest step {index}",
-                f"{kind} has Lipschitz constant {known}, the manifest claims {claimed:g}",
-            )
     return net
+
+
+def _require_sizes(entry: StageEntry, index: int, tensors: Mapping[str, Tensor], path: str) -> None:
+    n, p, q = entry.states, entry.inputs, entry.outputs
+    for key, shape in (("U", (n, p)), ("G", (q, n)), ("V", (n, n)), ("S", (n, n))):
+        found = tensors.get(f"steps.{index}.{key}")
+        if found is None or tuple(found.shape) != shape:
+            actual = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise CheckpointError(path, f"tensor 'steps.{index}.{key}'", f"{actual}, the manifest says {shape}")
 
 
 def _fill(net: Network, tensors: Mapping[str, Tensor], path: str) -> None:
@@ -155,24 +142,34 @@ def _stage(entry: StageEntry) -> LBEN:
     return stage
 
 
-def _glue_entry(module: nn.Module, lipschitz: float, path: str) -> GlueEntry:
-    kind = type(module).__name__
-    if kind not in _GLUE or type(module) is not _GLUE[kind][0]:
-        raise CheckpointError(path, f"glue {kind}", "it cannot be rebuilt from numbers, so it cannot be saved")
+_KINDS = {kind.__name__: kind for kind in KNOWN}
+
+
+def _glue_entry(module: nn.Module, path: str) -> GlueEntry:
+    if is_activation(module):
+        return GlueEntry(type="Activation", arguments={"name": str(activation_of(module))})
+    if type(module) not in KNOWN:
+        kind = type(module).__name__
+        raise CheckpointError(path, f"glue {kind}", "it is not the core's own, so a file cannot rebuild it")
     arguments: dict[str, Any] = {}
-    for argument, attribute in _GLUE[kind][1].items():
-        value = getattr(module, attribute)
-        arguments[argument] = value.tolist() if isinstance(value, Tensor) else value
-    return GlueEntry(type=kind, arguments=arguments, lipschitz=lipschitz)
+    for name in KNOWN[type(module)]:
+        value = getattr(module, name)
+        arguments[name] = (
+            value.tolist() if isinstance(value, Tensor) else list(value) if name == "unflattened_size" else value
+        )
+    return GlueEntry(type=type(module).__name__, arguments=arguments)
 
 
 def _glue(entry: GlueEntry) -> nn.Module:
-    if entry.type not in _GLUE:
+    arguments: dict[str, Any] = dict(entry.arguments)
+    if entry.type == "Activation" and set(arguments) == {"name"}:
+        return activation_module(str(arguments["name"]))
+    if entry.type not in _KINDS:
         raise ValueError(f"unknown glue {entry.type!r}")
-    kind, arguments = _GLUE[entry.type]
-    if set(arguments) != set(entry.arguments):
-        raise ValueError(f"{entry.type} needs the arguments {sorted(arguments)}, not {sorted(entry.arguments)}")
-    return kind(**entry.arguments)
+    kind = _KINDS[entry.type]
+    if set(arguments) != set(KNOWN[kind]):
+        raise ValueError(f"{entry.type} needs the arguments {sorted(KNOWN[kind])}, not {sorted(arguments)}")
+    return kind(**arguments)
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:

@@ -303,7 +303,8 @@ class _Conversion:
         )
 
     def validate(self, model: nn.Module, net: Network) -> ValidationReport:
-        return validate_network(model, net, delta=self.delta, plugin=self.plugin, throw=False)
+        # Without --delta a checkpoint says itself at which L(1 + delta) it was made.
+        return validate_network(model, net, delta=self.delta or None, plugin=self.plugin, throw=False)
 
 
 def _conversion(input_shape: str | None, epsilon: float, delta: float, dtype: str, plugin: str | None) -> _Conversion:
@@ -361,10 +362,7 @@ def _print_validation(console: Console, report: ValidationReport) -> None:
 
 def _require_passed(report: ValidationReport) -> None:
     if not report.passed:
-        failed = [
-            f"{c.name} ({c.where}): {c.value} is not {c.relation} {c.bound:g}" for c in report.checks if not c.passed
-        ]
-        raise EquivalenceError(report, failed)
+        raise EquivalenceError(report, report.failures())
 
 
 def _version(value: bool) -> None:

@@ -1,7 +1,7 @@
 """Algebra of DAEs: small ones are built here, stacked, thinned out and rescaled; (10) is inherited at every step.
 
 Rows in closed form (``DAE.V``, V′V = H/2) are carried through each operation, so a chain of one-layer DAEs ends with
-the closed-form V of the whole: the paper's (16) for SLL, the corrected (23) for Sandwich.
+the closed-form V of the whole: the paper's (16), or the corrected (23).
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _compose(f: DAE, g: DAE) -> DAE:
         V = _stack_rows(
             torch.cat([g.lipschitz**0.5 * f.V, zeros(*batch, f.V.shape[-2], m)], dim=-1),
             torch.cat([zeros(*batch, g.V.shape[-2], n), g.V / f.lipschitz**0.5], dim=-1),
-            link / (2.0 * f.lipschitz * g.lipschitz) ** 0.5,
+            # A product, not a quotient: where G and the next layer cancel, they then do so exactly.
+            link * (2.0 * f.lipschitz * g.lipschitz) ** -0.5,
         )
     return DAE(
         W=torch.cat(
@@ -231,5 +232,7 @@ def _stack_rows(*parts: Tensor) -> Tensor:
     """Rows on top of one another, those that are exactly zero left out, at most n of them with the same V′V."""
     rows = torch.cat(parts, dim=-2)
     alive = (rows != 0).any(dim=-1)
-    rows = rows[..., alive.reshape(-1, rows.shape[-2]).any(0), :]
+    if alive.dim() > 1:
+        alive = alive.flatten(0, -2).any(0)
+    rows = rows[..., alive, :]
     return triangular_factor(rows) if rows.shape[-2] > rows.shape[-1] else rows

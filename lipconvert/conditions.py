@@ -17,7 +17,7 @@ from torch import Tensor
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
 from .spectrum import least_eigenvalue, roundoff
-from .state_map import StateMap
+from .state_map import StateMap, falling_weights
 
 
 def X_matrix(dae: DAE, Lambda: Tensor | None = None) -> Tensor:
@@ -128,16 +128,31 @@ def strict_multiplier(dae: DAE, delta: float) -> Tensor:
         d_k = (1+δ)^{1 − 2(k+1)/(N+1)} on the block of layer k = 0..N−1,   1+δ on a leading identity block   (FORMULAS 3)
 
     The weights fall from layer to layer, inside (1/(1+δ), 1+δ), so each layer passes a little less than it is given:
-    every direction that is tight at L gains. One-layer and equilibrium models keep Λ, for which H grows by
-    δ/(1+δ) (G′G + ΛUU′Λ)/L. Strict for SLL, CPL (also deeper than wide), AOL and Sandwich chains of any depth, and for
-    (G-)MonDEQ. For other DAEs `check(dae, strict_multiplier(dae, delta), L * (1 + delta))` tells.
+    every direction that is tight at L gains. Blocks that do not form a cascade share one weight; a single one keeps Λ, for
+    which H grows by δ/(1+δ) (G′G + ΛUU′Λ)/L. Strict for chains of 1-Lipschitz layers of any depth (residual ones also
+    deeper than wide) and for monotone equilibrium models. For other DAEs check at Λ_δ and L(1 + δ) tells.
 
     Raises `InvalidParameterError` for δ ≤ 0.
     """
     if not delta > 0.0:
         raise InvalidParameterError("delta", delta, "the relative inflation of L must be positive")
-    leading = dae.sigma.runs[0][0].name == "identity" and len(dae.blocks) > 1
-    N = len(dae.blocks) - leading
-    weights = [1.0 + delta] * leading + [(1.0 + delta) ** (1.0 - 2.0 * (k + 1) / (N + 1)) for k in range(N)]
-    sizes = torch.tensor(dae.blocks, device=dae.Lambda.device)
-    return dae.Lambda * dae.Lambda.new_tensor(weights).repeat_interleave(sizes)
+    sizes = _cascade(dae)
+    leading = dae.sigma[: sizes[0]].runs[0][0].name == "identity" and len(sizes) > 1
+    weights = [1.0 + delta] * leading + falling_weights(len(sizes) - leading, delta)
+    repeats = torch.tensor(sizes, device=dae.Lambda.device)
+    return dae.Lambda * dae.Lambda.new_tensor(weights).repeat_interleave(repeats)
+
+
+def _cascade(dae: DAE) -> list[int]:
+    """The DAE's blocks, merged where an earlier one reads a later one: only a cascade may be weighted layer by layer."""
+    sizes: list[int] = []
+    offset = 0
+    for size in dae.blocks:
+        if offset and not bool((dae.W[..., :offset, offset:] != 0).any()):
+            sizes.append(size)
+        elif sizes:
+            sizes[-1] += size
+        else:
+            sizes.append(size)
+        offset += size
+    return sizes

@@ -54,7 +54,7 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
         if not 0.0 <= value < float("inf"):
             raise InvalidParameterError(name, value, "it must be finite and not negative")
     if delta > 0.0:
-        dae = replace(dae, Lambda=strict_multiplier(dae, delta), lipschitz=dae.lipschitz * (1.0 + delta), V=None)
+        dae = _inflated(dae, delta)
     H, Lambda = H_matrix(dae), dae.Lambda
     gauged, scale = unit_gauge(H, Lambda), H_scale(dae)
     tolerance = roundoff(gauged, scale)
@@ -62,7 +62,7 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
     margin = None
     if closed_form:
         assert dae.V is not None
-        V = triangular_factor(dae.V)
+        V = triangular_factor(dae.V) if dae.V.shape[-2] > dae.states else dae.V
         error = float(torch.linalg.matrix_norm(unit_gauge(2.0 * V.mH @ V - H, Lambda)).amax()) if H.numel() else 0.0
         if error > tolerance:
             _require_psd(dae, least_eigenvalue(gauged), tolerance)
@@ -77,6 +77,15 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
         V = _root(dae, H, epsilon, scale)
     S = -0.5 * Lambda.unsqueeze(-1) * dae.W
     return Parameters(Lambda.reciprocal(), dae.G, dae.U, V, S, epsilon, dae.lipschitz, closed_form, margin)
+
+
+def _inflated(dae: DAE, delta: float) -> DAE:
+    """The DAE at L(1 + δ) with the strict multiplier, or with its own Λ, which always does, where that has more margin."""
+    candidates = [
+        replace(dae, Lambda=Lambda, lipschitz=dae.lipschitz * (1.0 + delta), V=None)
+        for Lambda in (strict_multiplier(dae, delta), dae.Lambda)
+    ]
+    return max(candidates, key=lambda d: least_eigenvalue(unit_gauge(H_matrix(d), d.Lambda)))
 
 
 def _require_psd(dae: DAE, margin: float, tolerance: float) -> None:

@@ -29,7 +29,7 @@ def to_dae(model: nn.Module, input_shape: Iterable[int] | None = None, plugin: s
     steps = []
     for step in trace(model, input_shape, plugin):
         if step.dae is None:
-            if is_activation(step.module) and not isinstance(step.module, nn.Identity):
+            if is_activation(step.module):
                 size = torch.Size(step.input_shape).numel()
                 dae = elementwise(activation_of(step.module, step.path), size, step.path)
             else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activations
+from .dae import DAE
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .solvers import Elementwise, ForwardBackward, Iteration, PeacemanRachford, Sweep, forward_substitution
 from .state_map import StateMap
@@ -299,11 +300,8 @@ def equilibrium(
     return _Equilibrium.apply(W, u, StateMap(W) if map is None else map, sigma, options, where)  # type: ignore[no-any-return]
 
 
-def state_error(map: StateMap, sigma: Activations, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float | None]:
-    """One more evaluation s = σ(Wz + u) and what it says of the distance to the true equilibrium z*.
-
-    Returns s (B, n), W(z − s) (B, n), and the largest μ with X(Λ) ⪰ 2μΛ or None where the map has no metric:
-    |s − z*|_Λ ≤ |W(z − s)|_Λ / μ if μ > 0 (FORMULAS f1).
-    """
-    s = sigma(map.apply(z) + u)
-    return s, map.apply(z - s), map.monotonicity[0] if map.Lambda is not None else None
+def evaluate(dae: DAE, x: Tensor) -> Tensor:
+    """y = Gz + b_y with z = σ(Wz + Ux + b_z), float64, differentiable in x (B, p) → (B, q)."""
+    map = StateMap(dae.W, Lambda=dae.Lambda)
+    z = equilibrium(dae.W, x @ dae.U.mT + dae.bias_z, dae.sigma, map, where=f"the equilibrium of {dae.name!r}")
+    return z @ dae.G.mT + dae.bias_y

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .activations import activation_of, is_activation
 from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
 
 
@@ -116,32 +117,48 @@ class MeanPool(nn.Module):
         return f"kernel_size={self.kernel_size}"
 
 
-_KNOWN = (Normalize, PadChannels, FirstFeatures, MeanPool)
+# The glue the core knows: type, and the constructor arguments (attributes of the same name) that rebuild it.
+# By exact type: the forward of a subclass may be another one.
+KNOWN: dict[type[nn.Module], tuple[str, ...]] = {
+    Normalize: ("mean", "std"),
+    PadChannels: ("channels",),
+    FirstFeatures: ("features",),
+    MeanPool: ("kernel_size",),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Unflatten: ("dim", "unflattened_size"),
+    nn.Identity: (),
+}
 
 
 def core_lipschitz(module: nn.Module) -> float | None:
-    """The Lipschitz constant of a glue module the core knows, None for any other."""
-    if type(module) in _KNOWN:  # not a subclass: its forward may be another one
-        return module.lipschitz  # pyright: ignore[reportReturnType]
-    if type(module) in (nn.Flatten, nn.Identity, nn.Unflatten):
+    """The Lipschitz constant of glue the core knows, from its values as they are; None for any other module.
+
+    Activations count as glue where they stand on images; those with slopes outside [0, 1] raise
+    `UnsupportedActivationError`.
+    """
+    if is_activation(module):
+        activation_of(module)
         return 1.0
-    return None
+    return float(getattr(module, "lipschitz", 1.0)) if type(module) in KNOWN else None
 
 
 def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = "") -> tuple[Tensor, Tensor]:
     """(M, b) of an affine module on flattened inputs, M (q, p), b (q,), float64: read off its values at 0 and the units.
 
-    Raises `UnsupportedModuleError` when its value at one more point shows that it is not affine.
+    Raises `UnsupportedModuleError` when its values at further points of sizes 1e-4 to 1e6 show that it is not affine.
     """
     size = torch.Size(input_shape).numel()
-    probe = torch.linspace(-2.0, 3.0, size).unsqueeze(0)
-    points = torch.cat([torch.zeros(1, size), torch.eye(size), probe]).double().reshape(-1, *input_shape)
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6]).unsqueeze(-1)
+    probes = scales * torch.randn(len(scales), size, generator=generator)
+    points = torch.cat([torch.zeros(1, size), torch.eye(size), probes]).double().reshape(-1, *input_shape)
     with torch.no_grad():
         images = module(points).flatten(1)
-    M, b = (images[1:-1] - images[0]).mT.contiguous(), images[0]
-    predicted = M @ points[-1].flatten() + b
-    # Round-off of a sum of `size` terms; a genuinely non-affine module misses by far more.
-    if not torch.allclose(predicted, images[-1], rtol=1e-9, atol=1e-9 * float(images.abs().amax())):
+    M, b = (images[1 : size + 1] - images[0]).mT.contiguous(), images[0]
+    predicted = points[size + 1 :].flatten(1) @ M.mT + b
+    # Round-off of a sum of `size` terms; a module that is not affine misses by far more at one scale or another.
+    error = (predicted - images[size + 1 :]).abs().amax(1)
+    if bool((error > 1e-9 * (predicted.abs().amax(1) + b.abs().amax())).any()):
         raise UnsupportedModuleError(
             path, type(module).__name__, "it is not affine, so it has no place in a single DAE."
         )

@@ -10,6 +10,7 @@ values (FORMULAS 0.6). So L survives every optimiser step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +21,19 @@ from .activations import Activation, Activations, activation_of
 from .construction import assemble, construct
 from .dae import DAE
 from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, solve
-from .errors import InvalidParameterError, ShapeError
+from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .spectrum import require_finite
-from .state_map import StateMap, triangular_blocks
+from .state_map import ErrorBound, StateMap, triangular_blocks
+
+
+@dataclass
+class _Assembled:
+    """What inference reuses while the parameters stay: W, the rows of U that hold anything, the error bound once asked."""
+
+    key: tuple[object, ...]
+    map: StateMap
+    driven: slice
+    bound: ErrorBound | None = None
 
 
 class LBEN(nn.Module):
@@ -74,7 +85,7 @@ class LBEN(nn.Module):
         self.S = nn.Parameter(torch.empty(states, states))
         self.b_z = nn.Parameter(torch.zeros(states))
         self.b_y = nn.Parameter(torch.zeros(out_features))
-        self._inference: tuple[object, StateMap, slice] | None = None
+        self._inference: _Assembled | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -145,36 +156,52 @@ class LBEN(nn.Module):
         )
 
     def state_map(self) -> StateMap:
-        """z → Wz for the weights as they are, assembled once per change of them.
-
-        A change is seen through the parameters' version counters; after writing through ``parameter.data`` (which torch
-        does not count) call `refresh`.
-        """
-        return self._assembled()[0]
+        """z → Wz for the weights as they are, assembled once per change of them; see `refresh`."""
+        return self._assembled().map
 
     def refresh(self) -> None:
-        """Forget the assembled W."""
+        """Forget the assembled W. Needed only after writing a few entries through ``parameter.data``.
+
+        Optimiser steps, ``load_state_dict``, ``.to(...)`` and ``train()``/``eval()`` are noticed through version counters
+        or hooks, writes to whole tensors through ``.data`` by a sample of their entries.
+        """
         self._inference = None
 
-    def _assembled(self) -> tuple[StateMap, slice]:
+    def train(self, mode: bool = True) -> LBEN:
+        self.refresh()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LBEN:
+        self.refresh()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.refresh()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _assembled(self) -> _Assembled:
         tensors = (self.log_psi, self.G, self.U, self.V, self.S)
+        with torch.no_grad():
+            # About a thousand entries of each tensor: torch does not count what is written through .data.
+            sample = torch.stack([p.flatten()[:: 1 + p.numel() // 1000].sum() for p in tensors]).tolist()
         key = (
             self.lipschitz,
             self.epsilon,
             self.blocks,
-            *((p.data_ptr(), p._version, p.dtype, p.device) for p in tensors),
+            *sample,
+            *((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in tensors),
         )
-        if self._inference is None or self._inference[0] != key:
+        if self._inference is None or self._inference.key != key:
             with torch.no_grad():
                 map = StateMap(self.W, self.blocks, self.Psi.reciprocal())
                 driven = (self.U != 0).any(1).nonzero().flatten()
             rows = slice(int(driven[0]), int(driven[-1]) + 1) if len(driven) else slice(0, 0)
-            self._inference = (key, map, rows)
-        return self._inference[1], self._inference[2]
+            self._inference = _Assembled(key, map, rows)
+        return self._inference
 
     def drive(self, x: Tensor) -> Tensor:
         """Ux + b_z without gradient; only the rows of U that hold anything are multiplied (B, p) → (B, n)."""
-        _, rows = self._assembled()
+        rows = self._assembled().driven
         u = self.b_z.expand(len(x), -1).clone()
         u[:, rows] += x @ self.U[rows].mT
         return u
@@ -194,6 +221,30 @@ class LBEN(nn.Module):
             u = self.drive(self._flat(x))
             return solve(self.state_map(), self.sigma, u, options or self.options, self._where)
 
+    def readout(self, z: Tensor) -> Tensor:  # (B, n) -> (B, q)
+        """y = Gz + b_y."""
+        return functional.linear(z, self.G, self.b_y)
+
+    def output(self, x: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
+        """y = Gs + b_y (B, q) at s = σ(Wz + u), one evaluation after a solve of the batch x (B, p), and a bound of
+        ‖G(s − z*)‖ (B,), float64, z* the exact equilibrium (`StateMap.error_bound`); round-off is not included.
+
+        Raises `NoCertificateError` when no metric at hand makes I − W strongly monotone and ρ(|W|) ≥ 1.
+        """
+        with torch.no_grad():
+            assembled = self._assembled()
+            map, z, u = assembled.map, solution.value, self.drive(self._flat(x))
+            s = self.sigma(map.apply(z) + u)
+            if assembled.bound is None:
+                assembled.bound = map.error_bound(self.G, self.lipschitz)
+            if not assembled.bound:
+                raise NoCertificateError(
+                    self.name,
+                    "condition (3) has no margin with Λ = Ψ⁻¹ and |W| has spectral radius ≥ 1, so the error of an inexact "
+                    "solve cannot be bounded. Convert with epsilon > 0 and delta > 0 for a strict start.",
+                )
+            return self.readout(s), assembled.bound(map.apply(z - s))
+
     def forward(self, x: Tensor) -> Tensor:  # (..., p) -> (..., q)
         """y = Gz + b_y."""
         flat = self._flat(x)
@@ -209,7 +260,7 @@ class LBEN(nn.Module):
                 map = self.state_map()
                 W = map.W
             z = equilibrium(W, u, self.sigma, map, self.options, self._where)
-        return functional.linear(z, self.G, self.b_y).reshape(*x.shape[:-1], len(self.b_y))
+        return self.readout(z).reshape(*x.shape[:-1], len(self.b_y))
 
     def get_extra_state(self) -> dict[str, Any]:
         """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from .equilibrium import Solution, SolverOptions, state_error
+from .equilibrium import SolverOptions
 from .errors import NoCertificateError, ShapeError
+from .glue import core_lipschitz
 from .lben import LBEN
 from .schema import NetworkInfo, StageInfo
 
@@ -30,10 +31,11 @@ class Evaluation:
 
 
 class Network(nn.Module):
-    """Steps in order: `LBEN` stages, and glue modules whose Lipschitz constants are given.
+    """Steps in order: `LBEN` stages, and glue modules of known Lipschitz constant.
 
     ``steps``: all modules; ``stages``: the LBEN among them; ``lipschitz``: the product of all their constants, L of the
-    network from input to output; ``input_shape`` of one sample. Glue parameters are frozen: their constants are fixed.
+    network from input to output; ``input_shape`` of one sample. ``glue_lipschitz``: for each step None, or the constant of
+    glue the core does not know; that of its own glue is read off the module whenever it is asked for. Glue is frozen.
     Raises `ShapeError` for inputs that do not fit, `NotConvergedError` from the stages.
     """
 
@@ -44,14 +46,12 @@ class Network(nn.Module):
         if len(steps) != len(glue_lipschitz):
             raise ShapeError("glue_lipschitz", f"{len(steps)} entries", f"{len(glue_lipschitz)} entries")
         self.steps = nn.ModuleList(steps)
-        self.glue_lipschitz = tuple(
-            None if isinstance(s, LBEN) else g for s, g in zip(steps, glue_lipschitz, strict=True)
-        )
+        self.glue_lipschitz = tuple(None if g is None else float(g) for g in glue_lipschitz)
         self.input_shape = tuple(int(size) for size in input_shape)
-        for step, known in zip(steps, self.glue_lipschitz, strict=True):
+        for step, L in zip(steps, self.step_lipschitz, strict=True):
+            if not 0.0 < L < math.inf:
+                raise NoCertificateError(type(step).__name__, f"its Lipschitz constant is {L}")
             if not isinstance(step, LBEN):
-                if known is None or not 0.0 < known < math.inf:
-                    raise NoCertificateError(type(step).__name__, f"its Lipschitz constant is {known}")
                 step.requires_grad_(False)
 
     @property
@@ -62,10 +62,23 @@ class Network(nn.Module):
     @property
     def step_lipschitz(self) -> list[float]:
         """The constant of every step, in order."""
-        return [
-            step.lipschitz if isinstance(step, LBEN) else float(known or 0.0)
-            for step, known in zip(self.steps, self.glue_lipschitz, strict=True)
-        ]
+        constants = []
+        for step, given in zip(self.steps, self.glue_lipschitz, strict=True):
+            known = step.lipschitz if isinstance(step, LBEN) else core_lipschitz(step)
+            if known is None and given is None:
+                raise NoCertificateError(type(step).__name__, "its Lipschitz constant is not known")
+            constants.append(float(given if known is None else known))  # type: ignore[arg-type]
+        return constants
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next((p.dtype for p in self.parameters()), torch.float64)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     @property
     def lipschitz(self) -> float:
@@ -108,9 +121,8 @@ class Network(nn.Module):
             for step, L in zip(self.steps, self.step_lipschitz, strict=True):
                 error = L * error
                 if isinstance(step, LBEN):
-                    options = SolverOptions(step.options.method, step.options.tolerance, step.options.max_steps, False)
-                    solution = step.solve(x, options)
-                    x, bound = _readout(step, x, solution)
+                    solution = step.solve(x, replace(step.options, throw=False))
+                    x, bound = step.output(x, solution)
                     error = error + bound
                     converged &= solution.converged
                     methods.append(solution.method)
@@ -124,8 +136,11 @@ class Network(nn.Module):
         with torch.no_grad():
             for step in self.steps:
                 if isinstance(step, LBEN):
-                    found.append(step.solve(x).method)
-                x = step(x)
+                    solution = step.solve(x)
+                    found.append(solution.method)
+                    x = step.readout(solution.value)
+                else:
+                    x = step(x)
         return found
 
     def info(self) -> NetworkInfo:
@@ -150,41 +165,13 @@ class Network(nn.Module):
                 )
             else:
                 steps.append(StageInfo(kind="glue", name=repr(step), lipschitz=L, parameters=count))
-        dtype = next((p.dtype for p in self.parameters()), torch.float64)
         return NetworkInfo(
             input_shape=list(self.input_shape),
             lipschitz=self.lipschitz,
             parameters=sum(s.parameters for s in steps),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(self.dtype).removeprefix("torch."),
             steps=steps,
         )
 
     def extra_repr(self) -> str:
         return f"L={self.lipschitz:g}, input_shape={self.input_shape}"
-
-
-def _readout(stage: LBEN, x: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
-    """y = Gs + b_y at s = σ(Wz + u), one evaluation after the solve, and a bound of ‖G(s − z*)‖ (B,).
-
-    With d = W(z − s): min( √(2L/μ), ‖GΛ^{-1/2}‖/μ ) |d|_Λ where μ > 0 (FORMULAS f1, f4), and ‖ |G| N |d| ‖,
-    N = (I − |W|)⁻¹ ≥ 0, where the spectral radius of |W| is below 1; the smaller one counts.
-    """
-    map = stage.state_map()
-    s, d, mu = state_error(map, stage.sigma, solution.value, stage.drive(x))
-    s, d = s.double(), d.double()
-    Lambda, G = stage.Psi.double().reciprocal(), stage.G.double()
-    bounds = []
-    if mu is not None and mu > 0.0:
-        size = torch.linalg.vector_norm(d * Lambda.sqrt(), dim=-1)
-        bounds.append(
-            min((2.0 * stage.lipschitz / mu) ** 0.5, float(torch.linalg.matrix_norm(G * Lambda.rsqrt(), 2)) / mu) * size
-        )
-    if map.comparison is not None:
-        bounds.append(torch.linalg.vector_norm(d.abs() @ map.comparison.double().mT @ G.abs().mT, dim=-1))
-    if not bounds:
-        raise NoCertificateError(
-            stage.name,
-            f"condition (3) has margin μ = {mu:.2e} with Λ = Ψ⁻¹ and |W| has spectral radius ≥ 1, so the error of an "
-            "inexact solve cannot be bounded. Convert with epsilon > 0 and delta > 0 for a strict start.",
-        )
-    return (s @ G.mT + stage.b_y.double()).to(x.dtype), torch.stack(bounds).amin(0)

@@ -24,7 +24,7 @@ from .hookspecs import PluginInfo
 
 GROUP = "lipconvert"
 RESTRICT = "LIPCONVERT_PLUGINS"
-_HOOKS = ("to_dae", "from_state_dict", "glue_lipschitz", "example_models", "new_model", "describe")
+_HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "lipconvert_spec"))
 
 
 @dataclass(frozen=True)

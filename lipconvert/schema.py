@@ -47,6 +47,10 @@ class ValidationReport(_Document):
     checks: list[CheckResult]
     passed: bool = Field(description="every check passed")
 
+    def failures(self) -> list[str]:
+        """The checks that failed, each in words."""
+        return [f"{c.name} ({c.where}): {c.value} is not {c.relation} {c.bound:g}" for c in self.checks if not c.passed]
+
     def value(self, name: str) -> float:
         """The worst number measured under a name, over all stages (the least for lower bounds)."""
         found = [c for c in self.checks if c.name == name]
@@ -127,8 +131,7 @@ class GlueEntry(_Document):
 
     kind: Literal["glue"] = "glue"
     type: str
-    arguments: dict[str, float | int | list[float] | list[int]]
-    lipschitz: float = Field(gt=0.0)
+    arguments: dict[str, str | float | int | list[float] | list[int]]
 
 
 class StageEntry(_Document):

@@ -6,6 +6,7 @@ Another representation of W (per frequency, factored) is another class with thes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidParameterError, ShapeError
+from .spectrum import spectral_norm
 
 
 def triangular_blocks(W: Tensor) -> tuple[int, ...] | None:
@@ -31,6 +33,34 @@ def triangular_blocks(W: Tensor) -> tuple[int, ...] | None:
         if last > starts[-1]:
             starts.append(row)
     return tuple(b - a for a, b in zip(starts, [*starts[1:], n], strict=True)) if n else ()
+
+
+def falling_weights(count: int, delta: float) -> list[float]:
+    """(1+δ)^{1 − 2(k+1)/(N+1)} for k = 0..N−1: a multiplier's weights along a cascade of N layers (FORMULAS 3)."""
+    return [(1.0 + delta) ** (1.0 - 2.0 * (k + 1) / (count + 1)) for k in range(count)]
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """What d = W(z − s), s = σ(Wz + u), says of ‖G(s − z*)‖; built by `StateMap.error_bound`.
+
+    ``metrics``: pairs (P^{1/2} (n,), c) with ‖G(s − z*)‖ ≤ c |d|_P. ``comparison``: |G|N (q, n) with
+    |G(s − z*)| ≤ |G|N |d| entry by entry, or None.
+    """
+
+    metrics: tuple[tuple[Tensor, float], ...]
+    comparison: Tensor | None
+
+    def __bool__(self) -> bool:
+        return bool(self.metrics) or self.comparison is not None
+
+    def __call__(self, d: Tensor) -> Tensor:  # (B, n) -> (B,)
+        """The smallest of the bounds, per sample, float64."""
+        d = d.double()
+        bounds = [factor * torch.linalg.vector_norm(d * root, dim=-1) for root, factor in self.metrics]
+        if self.comparison is not None:
+            bounds.append(torch.linalg.vector_norm(d.abs() @ self.comparison.mT, dim=-1))
+        return torch.stack(bounds).amin(0)
 
 
 class StateMap:
@@ -149,24 +179,67 @@ class StateMap:
         """
         if self.Lambda is None:
             raise InvalidParameterError("Lambda", None, "a diagonal metric is needed to know how monotone I - W is")
-        root, W = self.Lambda.double().sqrt(), self.W.double()
+        mu, A = self._monotone_in(self.Lambda.double())
+        return mu, float(torch.linalg.matrix_norm(A, 2))
+
+    def _monotone_in(self, P: Tensor) -> tuple[float, Tensor]:
+        """μ in the metric P (n,) > 0, and I − W in the gauge P = I, both float64."""
+        root, W = P.sqrt(), self.W.double()
         A = torch.eye(self.states, dtype=W.dtype, device=W.device) - root.unsqueeze(-1) * W / root
-        ell = float(torch.linalg.matrix_norm(A, 2))
-        allowance = 8.0 * self.states * torch.finfo(A.dtype).eps * ell  # what LAPACK's eigenvalue may be off
-        return float(torch.linalg.eigvalsh(0.5 * (A + A.mT))[0]) - allowance, ell
+        # what LAPACK's least eigenvalue may be off
+        allowance = 8.0 * self.states * torch.finfo(A.dtype).eps * float(torch.linalg.matrix_norm(A))
+        return float(torch.linalg.eigvalsh(0.5 * (A + A.mT))[0]) - allowance, A
+
+    @property
+    def _metrics(self) -> list[Tensor]:
+        """Diagonal metrics worth trying, (n,), float64: Λ, and Λ with weights that fall along the blocks.
+
+        At ε = 0 a converted network has X(Λ) singular, often; the second one is what makes a cascade strictly monotone.
+        """
+        if self.Lambda is None:
+            return []
+        Lambda = self.Lambda.double()
+        if len(self.blocks) == 1:
+            return [Lambda]
+        weights = Lambda.new_tensor(falling_weights(len(self.blocks), 1.0))
+        repeats = torch.tensor(self.blocks, device=Lambda.device)
+        return [Lambda, Lambda * (weights.flip(0) if self.reverse else weights).repeat_interleave(repeats)]
+
+    def error_bound(self, G: Tensor, lipschitz: float) -> ErrorBound:
+        """How far an inexact solve may move the output Gz, from one evaluation after it.
+
+        For every diagonal metric P with X(P) ⪰ 2μP, μ > 0: |s − z*|_P ≤ |d|_P/μ (FORMULAS f1), so c = ‖GP^{-1/2}‖/μ; in the
+        metric Λ, for which (10) holds with L = ``lipschitz``, c = √(2L/μ) too (FORMULAS f4). `comparison` covers the rest.
+        """
+        G = G.detach().double()
+        metrics = []
+        for k, P in enumerate(self._metrics):
+            mu, _ = self._monotone_in(P)
+            if mu > 0.0:
+                factor = float(spectral_norm(G * P.rsqrt())) / mu
+                metrics.append((P.sqrt(), min(factor, (2.0 * lipschitz / mu) ** 0.5) if k == 0 else factor))
+        N = self.comparison
+        return ErrorBound(tuple(metrics), None if N is None else G.abs() @ N)
 
     @cached_property
     def splitting_steps(self) -> tuple[float, float]:
-        """(fast, safe) steps α of Peaceman-Rachford: min(1, 1/√(μℓ)) and min(fast, 1/ℓ); (1, 1) without a metric.
+        """(fast, safe) steps α of Peaceman-Rachford: min(1, 1/√(μℓ)) and min(fast, 1/ℓ) in the best metric, (1, 1) without.
 
         1/√(μℓ) has the best worst case of a symmetric I − W: a fine-tuned network with ℓ in the hundreds needs four times
         fewer steps than with α = 1, and a stiffer one converges only with it. Above 1 it was never better: a small μ belongs
         to a few directions. Where the skew part dominates, 1/ℓ is what keeps the rate at 1 − μ/ℓ. Any α > 0 converges, so a
         few power iterations from a fixed vector are enough; nothing is proved by them.
         """
-        if self.Lambda is None or self.states == 0:
+        found = [pair for pair in map(self._estimated_in, self._metrics) if pair[0] > 0.0] if self.states else []
+        if not found:
             return 1.0, 1.0
-        root = self.Lambda.to(self.W).sqrt()
+        mu, ell = max(found, key=lambda pair: pair[0] / pair[1])
+        fast = min(1.0, (mu * ell) ** -0.5)
+        return fast, min(fast, 1.0 / ell)
+
+    def _estimated_in(self, P: Tensor) -> tuple[float, float]:
+        """(μ, ℓ) in the metric P by power iterations: estimates, for step sizes only."""
+        root = P.to(self.W).sqrt()
 
         def A(v: Tensor) -> Tensor:
             return v - root * (self.W @ (v / root))
@@ -183,23 +256,22 @@ class StateMap:
         for _ in range(36):  # the smallest eigenvalue of (A + A′)/2 as the largest of ℓI − (A + A′)/2
             v = v / torch.linalg.vector_norm(v)
             v = ell * v - 0.5 * (A(v) + A_adjoint(v))
-        mu = ell - float(torch.linalg.vector_norm(v))
-        if not mu > 0.0:
-            return 1.0, 1.0
-        fast = min(1.0, (mu * ell) ** -0.5)
-        return fast, min(fast, 1.0 / ell)
+        return ell - float(torch.linalg.vector_norm(v)), ell
 
     @cached_property
     def comparison(self) -> Tensor | None:
-        """N = (I − |W|)⁻¹ ≥ 0 (n, n) if the spectral radius of |W| is below 1, else None.
+        """N = (I − |W|)⁻¹ ≥ 0 (n, n), float64, if the spectral radius of |W| is below 1, else None.
 
         Then z = σ(Wz + u) is well-posed, and |σ(Wz + u) − z*| ≤ N |W| |z − σ(Wz + u)| entry by entry. It covers every
         triangular W, also where no metric gives μ > 0.
         """
-        size = self.W.abs()
+        size = self.W.double().abs()
         eye = torch.eye(self.states, dtype=size.dtype, device=size.device)
-        weight, singular = torch.linalg.solve_ex(eye - size, torch.ones_like(size[:, :1]))
-        # Collatz-Wielandt: a positive w with |W| w < w proves the radius below 1.
-        if int(singular) or not bool((weight > 0).all()) or not bool((size @ weight < weight).all()):
+        LU, pivots, singular = torch.linalg.lu_factor_ex(eye - size)
+        if int(singular):
             return None
-        return torch.linalg.inv(eye - size)
+        # Collatz-Wielandt: a positive w with |W| w < w proves the radius below 1.
+        weight = torch.linalg.lu_solve(LU, pivots, torch.ones_like(size[:, :1]))
+        if not bool((weight > 0).all()) or not bool((size @ weight < weight).all()):
+            return None
+        return torch.linalg.lu_solve(LU, pivots, eye)

@@ -39,14 +39,16 @@ from torch import Tensor, nn
 from . import hookspecs
 from .checkpoint import from_state_dict, load, read_weights, save
 from .conditions import check
-from .convert import convert, group, stage_dae, to_dae, trace
+from .convert import convert, to_dae
 from .dae import DAE
+from .equilibrium import evaluate
 from .errors import LipconvertError, MissingOptionError, NotFiniteError
 from .hookspecs import PluginInfo
 from .lben import LBEN
 from .network import Network
 from .registry import Plugin, registry
-from .validate import evaluate_dae, jacobian
+from .trace import group, stage_dae, trace
+from .validate import jacobian
 
 try:
     import pytest
@@ -339,7 +341,7 @@ class PluginConformance:
         x = self.inputs(model)
         with torch.no_grad():
             y = model(x)
-            through_dae = evaluate_dae(to_dae(model), x.flatten(1))
+            through_dae = evaluate(to_dae(model), x.flatten(1))
             through_net = convert(model, check=False)(x)
         _at_most("outputs, DAE - source", _difference(through_dae, y), self.output_tolerance)
         _at_most("outputs, LBEN - source", _difference(through_net, y), self.output_tolerance)

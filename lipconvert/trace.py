@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .activations import activation_of, is_activation
 from .compose import affine, compose, elementwise, eliminate
 from .dae import DAE
-from .errors import LipconvertError, ShapeError, UnsupportedModuleError
+from .equilibrium import evaluate
+from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
 from .glue import core_lipschitz
 from .registry import registry
 from .spectrum import require_finite
@@ -64,6 +65,13 @@ class _Walker:
         self.shape, self.plugin = shape, plugin
 
     def walk(self, module: nn.Module, path: str) -> Iterator[Step]:
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedModuleError(
+                path,
+                type(module).__name__,
+                "forward hooks change what it computes. Remove them; for spectral_norm and weight_norm use the functions of "
+                "torch.nn.utils.parametrizations, which need none.",
+            )
         try:
             claim = registry().to_dae(module, self.shape, self.plugin, path)
         except LipconvertError as error:
@@ -78,14 +86,14 @@ class _Walker:
             for key, child in module._modules.items():
                 if child is not None:
                     yield from self.walk(child, f"{path}.{key}" if path else key)
-        elif is_activation(module) and not isinstance(module, nn.Identity):
+        elif is_activation(module):
             activation = activation_of(module, path)
             shape = self._known(path, module)
             if len(shape) == 1:
                 yield self._step(module, path, elementwise(activation, shape[0], label(path, module)), CORE)
             else:
                 yield self._step(module, path, None, CORE, 1.0)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             weight, bias = module.weight, module.bias
             yield self._step(module, path, affine(weight, bias, name=label(path, module)), CORE)
         else:
@@ -113,9 +121,10 @@ class _Walker:
         if dae is not None and shape != (dae.inputs,):
             hint = "Put an nn.Flatten() in front of it." if len(shape) > 1 else ""
             raise ShapeError(where, (dae.inputs,), shape, hint)
+        probe = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         try:
             with torch.no_grad():
-                image = module(torch.zeros(1, *shape, dtype=torch.float64))
+                image = module(probe)
         except LipconvertError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -123,7 +132,21 @@ class _Walker:
         self.shape = tuple(image.shape[1:])
         if dae is not None and self.shape != (dae.outputs,):
             raise ShapeError(f"the output of {label(path, module)!r}", (dae.outputs,), self.shape)
+        if dae is not None:
+            self._require_same(module, path, plugin, image, evaluate(dae, probe))
         return Step(path, module, shape, dae, plugin, dae.lipschitz if dae is not None else lipschitz)
+
+    @staticmethod
+    def _require_same(module: nn.Module, path: str, plugin: str, expected: Tensor, actual: Tensor) -> None:
+        """The claim itself is tried on three inputs: what a plugin says must be what the module computes."""
+        error = float((actual - expected).abs().max()) if expected.numel() else 0.0
+        # Float64 on both roads; two equilibrium solves agree to 1e-13 over their monotonicity.
+        if not error <= 1e-8 * max(1.0, float(expected.abs().max())):
+            raise PluginError(
+                plugin,
+                f"what to_dae says of {label(path, module)!r} ({type(module).__name__}) is not what the module computes: "
+                f"outputs differ by {error:.3e}. Usual causes: a subclass with a forward of its own; a wrong to_dae.",
+            )
 
     @staticmethod
     def _why(module: nn.Module) -> str:

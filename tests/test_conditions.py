@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -293,6 +294,9 @@ def test_strict_with_linear_layers_around(kind: str, random_model: Models) -> No
 def test_blocks_decide_the_weights() -> None:
     dae = generic(n=6, activations=Activations.of([("identity", 1), ("relu", 5)]), blocks=(1, 2, 3))
     delta = 0.21
+    # States that all read each other are one layer, whatever the blocks say.
+    assert torch.equal(lc.strict_multiplier(dae, delta), dae.Lambda)
+    dae = replace(dae, W=torch.block_diag(*(torch.ones(k, k) for k in dae.blocks)).mT * dae.W + dae.W.tril(-1))
     ratio = (lc.strict_multiplier(dae, delta) / dae.Lambda).numpy()
     # N = 2: 1.21^{1 − 2/3}, 1.21^{1 − 4/3}.
     np.testing.assert_allclose(ratio, [1.21] + [1.21 ** (1 / 3)] * 2 + [1.21 ** (-1 / 3)] * 3, rtol=1e-14)

@@ -120,8 +120,8 @@ def test_error_grows_by_the_constant_of_what_follows():
     x = torch.randn(6, 4)
     alone = lc.Network([stage], [None], (4,)).evaluate(x).error
     assert float(alone.min()) > 0.0
-    for follower in (thousand, nn.Identity()):
-        error = lc.Network([stage, follower], [None, 1000.0], (4,)).evaluate(x).error
+    for follower, given in ((thousand, None), (lc.Normalize(0.0, 1e-3), None), (Foreign(), 1000.0)):
+        error = lc.Network([stage, follower], [None, given], (4,)).evaluate(x).error
         np.testing.assert_allclose(error.numpy(), 1000.0 * alone.numpy(), rtol=1e-9)
 
 
@@ -141,10 +141,27 @@ def test_no_bound_no_certificate():
         net.evaluate(torch.zeros(2, 1))
 
 
+class Foreign(nn.Module):
+    """Glue the core does not know."""
+
+    def forward(self, x):
+        return x
+
+
 @pytest.mark.parametrize("known", [None, 0.0, float("inf"), float("nan")])
-def test_glue_needs_a_constant(known):
+def test_foreign_glue_needs_a_constant(known):
     with pytest.raises(lc.NoCertificateError):
-        lc.Network([nn.Flatten()], [known], (2,))
+        lc.Network([Foreign()], [known], (2,))
+
+
+def test_the_constant_of_known_glue_is_read_off_its_values():
+    first, second = (lc.Network([lc.Normalize(0.0, std)], [1.0], (3,)) for std in (1.0, 0.1))
+    first.load_state_dict(second.state_dict())
+    assert first.lipschitz == pytest.approx(10.0, rel=1e-12)
+    rounded = lc.Network([lc.Normalize(0.0, 1.0 / 3.0)], [None], (3,)).float()
+    x = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float32)
+    quotient = float((rounded(x)[1] - rounded(x)[0]).double().norm())
+    assert rounded.lipschitz >= quotient * (1.0 - 1e-7)  # one division in float32
 
 
 def test_shapes_are_named():

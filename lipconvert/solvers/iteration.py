@@ -30,5 +30,8 @@ class Iteration(Protocol):
         ...
 
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
-        """(next state, candidate z (B, n), an upper bound of ‖z − σ(Wz + u)‖ (B,) that comes for free)."""
+        """(next state, candidate z (B, n), ‖z − σ(Wz + u)‖ (B,) or an estimate of it that comes for free).
+
+        It decides when to stop; the residual that is reported is evaluated afresh.
+        """
         ...

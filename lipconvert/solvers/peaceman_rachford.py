@@ -1,4 +1,4 @@
-"""Peaceman-Rachford splitting: the method for a true equilibrium (MonDEQ, G-MonDEQ, LBEN)."""
+"""Peaceman-Rachford splitting: the method for a true equilibrium."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from .iteration import Elementwise, State
 class Sweep:
     """z_k ← σ_k(Σ_j W_kj z_j + u_k), block after block with the newest values.
 
-    With z̃ the previous sweep, the residual of the new z is at most ‖W − T‖ ‖z − z̃‖: exact after one sweep when W is
+    With z̃ the previous sweep, the residual of the new z is about ‖W − T‖ ‖z − z̃‖ at most: exact after one sweep when W is
     triangular, and falling by about that factor otherwise. Not guaranteed to converge for a general W.
     """
 

@@ -106,9 +106,11 @@ class MonotoneDEQ(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         W = self.W()
         u = torch.nn.functional.linear(x, self.input_map(), self.U.bias)
+        u, shape = u.reshape(u.shape[:-1].numel(), len(W)), u.shape
         sigma = Activations(activation_of(self.activation), len(W))
         map = StateMap(W, Lambda=self.phi().detach().reciprocal())
         z = equilibrium(W, u, sigma, map, self.options, f"the equilibrium of {type(self).__name__}")
+        z = z.reshape(shape)
         return z if self.Wout is None else self.Wout(z)
 
 

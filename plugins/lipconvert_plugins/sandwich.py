@@ -12,6 +12,7 @@ from torch.nn import functional
 from lipconvert import (
     DAE,
     Activations,
+    InvalidParameterError,
     MissingOptionError,
     PluginInfo,
     activation_module,
@@ -51,6 +52,8 @@ class SandwichLinear(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0.0 < scale < float("inf"):
+            raise InvalidParameterError("scale", scale, "it is the layer's Lipschitz constant, which must be positive")
         self.in_features, self.out_features, self.scale = in_features, out_features, float(scale)
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_features, out_features + in_features))
@@ -92,6 +95,8 @@ class SandwichNetwork(nn.Sequential):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if not 0.0 < lipschitz < float("inf"):
+            raise InvalidParameterError("lipschitz", lipschitz, "a prescribed constant must be positive")
         self.input_shape = (inputs,)
         widths = [inputs, *[inputs if features is None else features] * dense_depth, classes]
         root = lipschitz**0.5
