@@ -40,10 +40,11 @@ from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
 from .hookspecs import PluginInfo, hookimpl
 from .lben import LBEN
 from .network import Network
-from .registry import Plugin, Registry, plugins, registry
+from .registry import Plugin, Registry, plugins, registry, required_option
 from .schema import RobustnessReport, ValidationReport
 from .spectrum import psd_sqrt, spectral_norm
 from .state_map import StateMap
+from .trace import computes_as
 from .validate import validate
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "certify",
     "check",
     "compose",
+    "computes_as",
     "convert",
     "elementwise",
     "eliminate",
@@ -104,6 +106,7 @@ __all__ = [
     "psd_sqrt",
     "read_weights",
     "registry",
+    "required_option",
     "save",
     "scale",
     "solve",

@@ -33,9 +33,14 @@ def certified_radii(net: Network, x: Tensor, labels: Tensor) -> tuple[Tensor, Te
     y = evaluation.value.double()
     if y.dim() != 2 or y.shape[1] < 2:
         raise ShapeError("the logits", "(B, at least 2)", tuple(y.shape))
+    if labels.shape != (len(y),):
+        raise ShapeError("labels", (len(y),), tuple(labels.shape))
+    if labels.is_floating_point() or labels.is_complex():
+        raise InvalidParameterError("the dtype of the labels", labels.dtype, "labels must be integers")
     labels = labels.to(y.device).long()
-    if labels.shape != (len(y),) or (len(y) and not 0 <= int(labels.min()) <= int(labels.max()) < y.shape[1]):
-        raise ShapeError("labels", f"({len(y)},) with entries in 0..{y.shape[1] - 1}", tuple(labels.shape))
+    wrong = labels[(labels < 0) | (labels >= y.shape[1])]
+    if len(wrong):
+        raise InvalidParameterError("a label", int(wrong[0]), f"the network has the classes 0..{y.shape[1] - 1}")
     own = y.gather(1, labels[:, None]).squeeze(1)
     others = y.scatter(1, labels[:, None], -math.inf).amax(1)
     radius = (own - others - math.sqrt(2.0) * evaluation.error) / (math.sqrt(2.0) * net.lipschitz)
@@ -62,18 +67,31 @@ def certify(
     Raises `InvalidParameterError` for a negative radius, an unknown method or an empty data set, `ShapeError` for inputs or
     labels that do not fit.
     """
+    if not isinstance(net, Network):
+        raise InvalidParameterError(
+            "net",
+            type(net).__name__,
+            "only a converted network has a constant to certify with: lipconvert.convert(model)",
+        )
     if method not in METHODS:
         raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(METHODS)}")
+    if isinstance(radii, str) or not isinstance(radii, Sequence):
+        raise InvalidParameterError("radii", repr(radii), "it must be a list of numbers")
     if not radii or not all(0.0 <= r < math.inf for r in radii):
         raise InvalidParameterError("radii", list(radii), "at least one is needed, none of them negative or infinite")
-    dtype, device = net.dtype, net.device
+    device = net.device
+    if not isinstance(data, DataLoader) and (isinstance(data, str) or not hasattr(data, "__getitem__")):
+        raise InvalidParameterError("data", type(data).__name__, "it must be a map-style data set or a DataLoader")
     loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=batch_size)
     thresholds = torch.tensor(sorted(float(r) for r in radii), dtype=torch.float64, device=device)
     samples = natural = unconverged = 0
     certified = torch.zeros(len(thresholds), dtype=torch.long, device=device)
     worst = 0.0
-    for x, labels in loader:
-        radius, correct, converged, error = certified_radii(net, x.to(device, dtype), torch.as_tensor(labels))
+    for batch in loader:
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(b, Tensor) for b in batch):
+            raise InvalidParameterError("data", type(batch).__name__, "its samples must be pairs (input tensor, label)")
+        x, labels = batch
+        radius, correct, converged, error = certified_radii(net, x.to(net.device), labels)
         samples += len(correct)
         natural += int((correct & converged).sum())
         unconverged += int((~converged).sum())

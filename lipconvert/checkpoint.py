@@ -54,8 +54,11 @@ def save(net: Network, path: str | Path) -> None:
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in net.state_dict().items() if isinstance(value, Tensor)
     }
-    with whole(target) as partial:
-        save_file(tensors, partial, metadata={KEY: manifest.model_dump_json()})
+    try:
+        with whole(target) as partial:
+            save_file(tensors, partial, metadata={KEY: manifest.model_dump_json()})
+    except SafetensorError as error:
+        raise CheckpointError(str(target), "file", f"it cannot be written ({error})") from error
 
 
 def load(path: str | Path) -> Network:
@@ -207,10 +210,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             AssertionError,
             struct.error,
         ) as error:  # what torch's reader of untrusted pickles raises for bytes that are none
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsError(
                 name,
-                f"it is not a file of plain weights ({first}). Files that need code to be unpickled are not opened.",
+                f"it is not a file of plain weights ({type(error).__name__} while reading it). Files that would have to run "
+                "code to be read are not opened: save a state_dict, or safetensors.",
             ) from error
     for nest in ("model_state_dict", "state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(nest), Mapping):

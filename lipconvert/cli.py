@@ -532,8 +532,11 @@ def _network(model: str, weights: Path | None, option: Sequence[str] | None, ask
     """A checkpoint as it is, or a model converted and validated; raises `EquivalenceError`."""
     path = Path(model)
     if path.is_file() and _is_checkpoint(path):
-        if weights is not None or option:
-            raise ModelError(model, "it is a checkpoint; --weights and --option do not go with it")
+        if weights is not None or option or asked != _conversion(None, 0.0, 0.0, "float64", None):
+            raise ModelError(
+                model,
+                "it is a checkpoint, taken as it is: --weights, --option and what belongs to converting do not go with it",
+            )
         return checkpoint.load(path)
     source = _model(model, weights, option, asked.plugin)
     net = asked.convert(source)

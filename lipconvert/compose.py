@@ -33,7 +33,12 @@ def affine(M: Tensor, b: Tensor | None = None, lipschitz: float | None = None, n
     L = (float(spectral_norm(M)) or 1.0) if lipschitz is None else float(lipschitz)
     q = M.shape[-2]
     eye = torch.eye(q, dtype=M.dtype, device=M.device).expand(*M.shape[:-1], q)
-    V = psd_sqrt((eye - M @ M.mH / L**2) / (2.0 * L), f"I - MM'/L² of {name!r} (L = {L:g})", scale=1.0 / L)
+    if not 1e-150 < L < 1e150:
+        raise InvalidParameterError(
+            f"‖M‖ of {name!r}", L, "a norm outside [1e-150, 1e150] leaves nothing to compute with"
+        )
+    contraction = M / L
+    V = psd_sqrt(eye - contraction @ contraction.mH, f"I - MM'/L² of {name!r} (L = {L:g})", 1.0) * (2.0 * L) ** -0.5
     ones = torch.ones(q, dtype=torch.float64, device=M.device)
     return DAE(torch.zeros_like(eye), M, eye, ones / L, b, None, Activations("identity", q), L, V, name=name)
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from .activations import Activations
 from .dae import DAE
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
-from .solvers import Elementwise, ForwardBackward, Iteration, PeacemanRachford, Sweep, forward_substitution
+from .solvers import Elementwise, ForwardBackward, Iteration, Newton, PeacemanRachford, Sweep, forward_substitution
+from .spectrum import require_finite
 from .state_map import StateMap
 
-METHODS = ("auto", "forward_substitution", "sweep", "peaceman_rachford", "forward_backward")
+METHODS = ("auto", "forward_substitution", "sweep", "peaceman_rachford", "forward_backward", "newton")
 
 # Relative to `Solution.scale`. About 500 and 20 units round-off: evaluating σ(Wz + u) with a few hundred states errs by
 # less, and two runs of one sample that stop a step apart still agree to 1e-12 in float64.
@@ -70,7 +71,8 @@ class SolverOptions:
 
     ``auto`` takes forward substitution when one pass meets the tolerance (a triangular W, exactly or to round-off), block
     sweeps when W is close to triangular (then Peaceman-Rachford for the samples they leave), else Peaceman-Rachford, at
-    first with its fast step and for samples that stall with its safe one (`StateMap.splitting_steps`).
+    first with its fast step; samples that stall go to Newton, and if that fails to the safe step
+    (`StateMap.splitting_steps`).
     """
 
     method: str = "auto"
@@ -110,6 +112,7 @@ def solve(
         u = u.detach()
         solution = _dispatch(map, sigma, u, options, tolerance)
     if options.throw and not bool(solution.converged.all()):
+        require_finite(u, f"the input Ux + b_z of {where}")
         raise NotConvergedError(solution, tolerance, where)
     return solution
 
@@ -140,10 +143,12 @@ def _plan(method: str, map: StateMap, max_steps: int) -> list[tuple[Iteration, i
         return [(ForwardBackward(), max_steps)]
     if method == "peaceman_rachford":
         return [(PeacemanRachford(), max_steps)]
+    if method == "newton":
+        return [(Newton(), max_steps)]
     plan: list[tuple[Iteration, int]] = [(Sweep(), 100)] if map.remainder <= NEARLY_TRIANGULAR else []
     fast, safe = map.splitting_steps
-    plan += [(PeacemanRachford(fast), 1000 if safe < fast else max_steps)]
-    plan += [(PeacemanRachford(safe), max_steps)] if safe < fast else []
+    # A Newton step costs about n steps of splitting; by then it is close enough for Newton, or Newton gives up early.
+    plan += [(PeacemanRachford(fast), 200 + map.states), (Newton(), 30), (PeacemanRachford(safe), max_steps)]
     budgeted = []
     for iteration, steps in plan:
         steps = min(steps, max_steps)
@@ -234,6 +239,9 @@ class _Slopes:
 
     def prox(self, v: Tensor, alpha: float) -> Tensor:
         return v * (self.D / (alpha + (1.0 - alpha) * self.D))
+
+    def slope(self, v: Tensor) -> Tensor:
+        return self.D.expand_as(v)
 
     def take(self, samples: Tensor) -> _Slopes:
         return _Slopes(self.D[samples])

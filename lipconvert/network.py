@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .equilibrium import SolverOptions
-from .errors import NoCertificateError, ShapeError
+from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .glue import core_lipschitz
 from .lben import LBEN
 from .schema import NetworkInfo, StageInfo
@@ -97,10 +97,14 @@ class Network(nn.Module):
             raise ShapeError(
                 "the input of the network", f"({shape})", tuple(x.shape), "The first dimension is the batch."
             )
-        return x
+        if not x.is_floating_point():
+            raise InvalidParameterError(
+                "the dtype of the input", x.dtype, "pixels must be floats (in [0, 1], not 0..255)"
+            )
+        return x.to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, *input_shape) -> (B, q)
-        """The output for a batch."""
+        """The output for a batch, in the network's dtype (the input is cast to it)."""
         x = self._checked(x)
         for step in self.steps:
             x = step(x)

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from . import hookspecs
 from .dae import DAE
-from .errors import AmbiguousModelError, InvalidParameterError, LipconvertError, PluginError, WeightsError
+from .errors import (
+    AmbiguousModelError,
+    InvalidParameterError,
+    LipconvertError,
+    MissingOptionError,
+    PluginError,
+    WeightsError,
+)
 from .hookspecs import PluginInfo
 
 GROUP = "lipconvert"
@@ -208,6 +215,14 @@ class Registry:
     def new_model(self, name: str, inputs: int, classes: int, seed: int) -> nn.Module | None:
         """An untrained classifier of one plugin's architecture, None where it offers none."""
         return self.ask(name, "new_model", inputs=inputs, classes=classes, seed=seed)
+
+
+def required_option(options: Mapping[str, Any], name: str, plugin: str, meaning: str) -> Any:
+    """The value of an option that the weights themselves do not say; raises `MissingOptionError` when it is not given."""
+    try:
+        return options[name]
+    except KeyError:
+        raise MissingOptionError(plugin, name, meaning) from None
 
 
 class _Options(Mapping[str, Any]):

@@ -159,6 +159,11 @@ class StateMap:
         LU, pivots = self._factor(alpha)
         return torch.linalg.lu_solve(LU, pivots, v.mT).mT
 
+    def newton_step(self, D: Tensor, r: Tensor) -> Tensor:  # (B, n), (B, n) -> (B, n)
+        """(I − DW)⁻¹ r for each sample, D its slopes; infinite where the matrix is singular."""
+        eye = torch.eye(self.states, dtype=self.W.dtype, device=self.W.device)
+        return torch.linalg.solve_ex(eye - D.unsqueeze(-1) * self.W, r.unsqueeze(-1))[0].squeeze(-1)
+
     def _factor(self, alpha: float) -> tuple[Tensor, Tensor]:
         if alpha not in self._factors:
             eye = torch.eye(self.states, dtype=self.W.dtype, device=self.W.device)

@@ -186,7 +186,15 @@ class PluginConformance:
         x = self.inputs(model, 1)
         with torch.no_grad():
             classes = model(x).shape[1]
-        return {"inputs": x[0].numel(), "classes": classes, "lipschitz": to_dae(model).lipschitz, **known}
+        dae = to_dae(model)
+        activation = next((str(a) for a, _ in dae.sigma if a.name != "identity"), "relu")
+        return {
+            "inputs": x[0].numel(),
+            "classes": classes,
+            "lipschitz": dae.lipschitz,
+            "activation": activation,
+            **known,
+        }
 
     def stages(self, model: nn.Module, net: Network) -> Iterator[tuple[DAE, LBEN]]:
         """The DAE of each stage of a model beside the LBEN it became."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,22 @@ from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
 from .glue import core_lipschitz
+from .network import Network
 from .registry import registry
 from .spectrum import require_finite
 
 CORE = "core"
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether a module is of a kind and computes with that kind's own ``forward``: a subclass may have another one.
+
+    What a plugin asks before it claims a layer. Overriding a constraint (the T of a residual layer) is no obstacle.
+    """
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 @dataclass(frozen=True)
@@ -46,16 +59,27 @@ def trace(model: nn.Module, input_shape: Iterable[int] | None = None, plugin: st
     Raises `UnsupportedModuleError`, `UnsupportedActivationError`, `AmbiguousModelError`, `NotFiniteError`, `NotPSDError`
     (a layer that is not as Lipschitz as its architecture promises) and `ShapeError`, each naming the layer.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModuleError(
+            "", str(model), "it is not an nn.Module; give the model itself, not its class or file."
+        )
     model = copy.deepcopy(model).double().eval()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
             require_finite(tensor, f"parameter {name!r}")
     shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
-    walker = _Walker(None if shape is None else tuple(int(size) for size in shape), plugin)
+    walker = _Walker(None if shape is None else _sizes(shape), plugin)
     steps = list(walker.walk(model, ""))
     if not steps:
         raise UnsupportedModuleError("", type(model).__name__, "there is nothing in it.")
     return steps
+
+
+def _sizes(shape: Iterable[int] | int) -> tuple[int, ...]:
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ShapeError("input_shape", "positive sizes of one sample, such as (1, 28, 28)", shape)
+    return sizes
 
 
 class _Walker:
@@ -93,7 +117,12 @@ class _Walker:
                 yield self._step(module, path, elementwise(activation, shape[0], label(path, module)), CORE)
             else:
                 yield self._step(module, path, None, CORE, 1.0)
-        elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        elif isinstance(module, Network):
+            for index, step in enumerate(module.steps):
+                yield from self.walk(step, f"{path}.steps.{index}" if path else f"steps.{index}")
+        elif type(module) in (nn.Dropout, nn.AlphaDropout):
+            return  # the identity of the eval mode that is converted
+        elif computes_as(module, nn.Linear):
             weight, bias = module.weight, module.bias
             yield self._step(module, path, affine(weight, bias, name=label(path, module)), CORE)
         else:

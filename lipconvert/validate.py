@@ -27,9 +27,9 @@ JACOBIAN = 1e-6
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """∂f/∂x for each sample of a batch, (B, ...) → (B, q, p), by one backward pass for each output."""
+    """∂f/∂x for each sample of a batch, (B, ...) → (B, q, p), input and output flattened; one backward pass an output."""
     x = x.detach().clone().requires_grad_(True)
-    y = function(x)
+    y = function(x).flatten(1)
     rows = [torch.autograd.grad(y[:, k].sum(), x, retain_graph=True)[0].flatten(1) for k in range(y.shape[1])]
     return torch.stack(rows, dim=1)
 

@@ -305,6 +305,13 @@ def test_weights_nobody_recognises(tmp_path):
 def test_weights_that_need_an_option(tmp_path, build, plugin, option, complete):
     torch.manual_seed(0)
     torch.save(build().state_dict(), tmp_path / "w.pt")
+    complete = {**complete, "activation": "relu"}
+    for missing in (option, "activation"):
+        asked_for(tmp_path, plugin, missing, complete)
+
+
+def asked_for(tmp_path, plugin, option, complete):
+    """Without this option the weights are refused by name; with all of them they convert."""
     partial = {key: value for key, value in complete.items() if key != option}
     with pytest.raises(lc.MissingOptionError) as caught:
         lc.from_state_dict(lc.read_weights(tmp_path / "w.pt"), partial)
@@ -315,6 +322,7 @@ def test_weights_that_need_an_option(tmp_path, build, plugin, option, complete):
     assert f"--option {option}=" in shown
     whole = [text for key, value in complete.items() for text in ("--option", f"{key}={value}")]
     assert CliRunner().invoke(app, ["convert", "w.pt", *whole, "--out", "net.safetensors"]).exit_code == 0
+    (tmp_path / "net.safetensors").unlink()
 
 
 @pytest.mark.parametrize("text", ["m", "m=", "=1.0"])
@@ -326,7 +334,7 @@ def test_an_option_that_is_none(tmp_path, text):
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "abc"])
 def test_an_option_out_of_range(tmp_path, value):
     torch.save(MonDEQ(4, 5, 3).state_dict(), tmp_path / "w.pt")
-    shown = refused("w.pt", "--option", f"m={value}", files=["w.pt"])
+    shown = refused("w.pt", "--option", f"m={value}", "--option", "activation=relu", files=["w.pt"])
     assert value in shown
 
 

@@ -156,12 +156,21 @@ def test_bad_arguments_are_named():
     with pytest.raises(lc.InvalidParameterError, match="empty"):
         lc.certify(net, TensorDataset(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)))
     for labels in (torch.tensor([0, 1, 2, 3]), torch.tensor([0, -1, 0, 0]), torch.zeros(4, 3)):
-        with pytest.raises(lc.ShapeError):
+        with pytest.raises((lc.InvalidParameterError, lc.ShapeError), match="label"):
             lc.certify(net, TensorDataset(torch.randn(4, 3), labels))
+    with pytest.raises(lc.InvalidParameterError, match=r"0\.\.255"):  # a forgotten ToTensor
+        lc.certify(net, TensorDataset(torch.zeros(4, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)))
+    for data in (None, "digits", [torch.zeros(3)], [{"x": 1}]):
+        with pytest.raises(lc.InvalidParameterError, match="data"):
+            lc.certify(net, data)
+    with pytest.raises(lc.InvalidParameterError, match="convert"):
+        lc.certify(torch.nn.Linear(3, 3), good)
+    with pytest.raises(lc.InvalidParameterError, match="radii"):
+        lc.certify(net, good, 0.1)
     with pytest.raises(lc.ShapeError):
-        lc.certify(net, TensorDataset(torch.randn(4, 2), torch.zeros(4)))
+        lc.certify(net, TensorDataset(torch.randn(4, 2), torch.zeros(4, dtype=torch.long)))
     with pytest.raises(lc.ShapeError):  # one logit has no margin
-        lc.certify(identity_network(size=1), TensorDataset(torch.randn(4, 1), torch.zeros(4)))
+        lc.certify(identity_network(size=1), TensorDataset(torch.randn(4, 1), torch.zeros(4, dtype=torch.long)))
 
 
 def test_nothing_is_certified_without_a_bound():
@@ -169,4 +178,4 @@ def test_nothing_is_certified_without_a_bound():
     stage = lc.LBEN.from_dae(lc.DAE(torch.eye(2), zero, zero, torch.ones(2)))
     net = lc.Network([stage], [None], (2,))
     with pytest.raises(lc.NoCertificateError):
-        lc.certify(net, TensorDataset(torch.zeros(1, 2), torch.zeros(1)))
+        lc.certify(net, TensorDataset(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)))

@@ -407,7 +407,10 @@ class TestRecognition:
         with pytest.raises(lc.MissingOptionError) as caught:
             lc.from_state_dict(state, {"inputs": 5})
         assert caught.value.option == "classes"
-        model = lc.from_state_dict(state, {"inputs": 5, "classes": 3})
+        with pytest.raises(lc.MissingOptionError) as caught:
+            lc.from_state_dict(state, {"inputs": 5, "classes": 3})
+        assert caught.value.option == "activation"
+        model = lc.from_state_dict(state, {"inputs": 5, "classes": 3, "activation": "relu"})
         x = torch.linspace(-1.0, 1.0, 10).reshape(2, 5).to(state["sll0.weight"].dtype)
         with torch.no_grad():
             assert torch.equal(model(x), example("sll")(x))
@@ -425,6 +428,6 @@ class TestRecognition:
             ("" if key.startswith("Wout") else "mon.linear_module.") + key: value
             for key, value in model.state_dict().items()
         }
-        rebuilt = lc.from_state_dict(state, {"m": model.m})
+        rebuilt = lc.from_state_dict(state, {"m": model.m, "activation": "relu"})
         for key, value in model.state_dict().items():
             assert torch.equal(rebuilt.state_dict()[key], value)

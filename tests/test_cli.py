@@ -297,7 +297,7 @@ def test_a_recognised_weights_file_with_options(tmp_path):
     torch.manual_seed(0)
     model = MonDEQ(6, 7, 3, m=0.6)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "w.pt")
-    run("convert", "w.pt", "--option", "m=0.6", "--out", "net.safetensors")
+    run("convert", "w.pt", "--option", "m=0.6", "--option", "activation=relu", "--out", "net.safetensors")
     x = torch.randn(5, 6)
     net = lc.load("net.safetensors")
     with torch.no_grad():

@@ -196,8 +196,8 @@ def test_affine_edge_cases(evaluate: Evaluate) -> None:
     M = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     with pytest.raises(NotPSDError) as caught:
         lc.affine(M, lipschitz=2.0, name="head")
-    # (I − MM'/L²)/2L has least eigenvalue (1 − 9/4)/4.
-    assert caught.value.least_eigenvalue == pytest.approx(-0.3125, rel=1e-12)
+    # I − MM'/L² has least eigenvalue 1 − 9/4.
+    assert caught.value.least_eigenvalue == pytest.approx(-1.25, rel=1e-12)
     assert "'head'" in str(caught.value)
     single = lc.affine(M.float())
     assert single.U.dtype == torch.float64

@@ -44,7 +44,7 @@ def near_triangular() -> Tensor:
 
 
 def test_options_are_checked():
-    for bad in ({"method": "newton"}, {"tolerance": 0.0}, {"tolerance": math.nan}, {"max_steps": 0}):
+    for bad in ({"method": "anderson"}, {"tolerance": 0.0}, {"tolerance": math.nan}, {"max_steps": 0}):
         with pytest.raises(InvalidParameterError):
             SolverOptions(**bad)
 

@@ -243,3 +243,11 @@ def test_comparison_bounds_the_distance_to_the_equilibrium():
 def test_comparison_of_an_ill_posed_map_is_none():
     assert StateMap(torch.eye(1)).comparison is None
     assert StateMap(torch.tensor([[0.0, 2.0], [0.5, 0.0]])).comparison is None
+
+
+def test_newton_step_is_the_solve_of_each_sample():
+    rng = np.random.default_rng(0)
+    W, D, r = rng.normal(size=(5, 5)), rng.uniform(size=(3, 5)), rng.normal(size=(3, 5))
+    found = StateMap(torch.from_numpy(W)).newton_step(torch.from_numpy(D), torch.from_numpy(r)).numpy()
+    for slopes, residual, step in zip(D, r, found, strict=True):
+        np.testing.assert_allclose(step, np.linalg.solve(np.eye(5) - np.diag(slopes) @ W, residual), rtol=1e-10)

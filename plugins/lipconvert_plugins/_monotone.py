@@ -13,13 +13,13 @@ from lipconvert import (
     DAE,
     Activations,
     InvalidParameterError,
-    MissingOptionError,
     SolverOptions,
     StateMap,
     activation_module,
     activation_of,
     equilibrium,
     psd_sqrt,
+    required_option,
     spectral_norm,
 )
 
@@ -166,18 +166,17 @@ def monotone_from_state_dict(
         readout -= {"Wout.weight"}
     if set(tensors) != free | readout or len(tensors["A.weight"]) != len(tensors["U.bias"]):
         return None
-    if "m" not in options:
-        raise MissingOptionError(name, "m", "the monotonicity of W = I - Φ(A'A + B' - B + mI)")
-    if stored and "lipschitz" not in options:
-        raise MissingOptionError(name, "lipschitz", "the constant γ its orthogonal U and Wout were scaled to")
+    m = required_option(options, "m", name, "the monotonicity of W = I - Φ(A'A + B' - B + mI)")
+    meaning = "the constant γ its orthogonal U and Wout were scaled to"
+    lipschitz = float(required_option(options, "lipschitz", name, meaning)) if stored else None
     U = tensors["U.weight"] if not stored else next(v for k, v in tensors.items() if k.startswith("U.param"))
     model = kind(
         U.shape[1],
         len(U),
         len(tensors["Wout.bias"]) if "Wout.bias" in tensors else None,
-        m=float(options["m"]),
-        lipschitz=float(options["lipschitz"]) if stored else None,
-        activation=activation_module(options.get("activation", "relu")),
+        m=float(m),
+        lipschitz=lipschitz,
+        activation=activation_module(required_option(options, "activation", name, "relu, tanh, leaky_relu(0.1), ...")),
     ).to(tensors["A.weight"].dtype)
     model.load_state_dict(tensors)
     return model

@@ -13,11 +13,11 @@ from lipconvert import (
     DAE,
     Activations,
     FirstFeatures,
-    MissingOptionError,
     PadChannels,
     activation_module,
     activation_of,
     psd_sqrt,
+    required_option,
 )
 
 
@@ -108,21 +108,24 @@ def residual_from_state_dict(
 ) -> nn.Module | None:
     """A `ResidualNetwork` from its own state dict, None if it is not one.
 
-    ``inputs`` and ``classes`` must be given; ``activation`` is ReLU unless it is."""
+    ``inputs``, ``classes`` and ``activation`` must be given: the tensors do not say them."""
     layers = {key.split(".")[0] for key in state_dict}
     if layers != {f"{network.prefix}{k}" for k in range(len(layers))} or f"{network.prefix}0.weight" not in state_dict:
         return None
-    for option, meaning in (("inputs", "size of the flat input before padding"), ("classes", "number of logits")):
-        if option not in options:
-            raise MissingOptionError(network.prefix, option, meaning)
+    needed = {
+        "inputs": "size of the flat input before padding",
+        "classes": "number of logits",
+        "activation": "relu, tanh, leaky_relu(0.1), ...",
+    }
+    given = {name: required_option(options, name, network.prefix, meaning) for name, meaning in needed.items()}
     inner, features = state_dict[f"{network.prefix}0.weight"].shape
     model = network(
-        inputs=int(options["inputs"]),
-        classes=int(options["classes"]),
+        inputs=int(given["inputs"]),
+        classes=int(given["classes"]),
         features=features,
         dense_depth=len(layers),
         dense_inner=inner,
-        activation=activation_module(options.get("activation", "relu")),
+        activation=activation_module(given["activation"]),
     )
     model.to(state_dict[f"{network.prefix}0.weight"].dtype).load_state_dict(state_dict)
     return model

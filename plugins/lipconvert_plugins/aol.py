@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipconvert import DAE, MissingOptionError, PluginInfo, activation_module, affine, hookimpl
+from lipconvert import (
+    DAE,
+    MissingOptionError,
+    PluginInfo,
+    activation_module,
+    affine,
+    computes_as,
+    hookimpl,
+    required_option,
+)
 
 
 class AOLLinear(nn.Module):
@@ -62,7 +71,7 @@ class AOLNetwork(nn.Sequential):
 @hookimpl
 def to_dae(model: nn.Module) -> DAE | None:
     """One linear layer with Λ = I, L = 1; a chain of them is appendix D.1 (FORMULAS 1.2)."""
-    return affine(model.P(), model.bias, lipschitz=1.0) if isinstance(model, AOLLinear) else None
+    return affine(model.P(), model.bias, lipschitz=1.0) if computes_as(model, AOLLinear) else None
 
 
 @hookimpl
@@ -80,7 +89,7 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
         classes=shapes[-1][0],
         features=shapes[0][0],
         dense_depth=len(layers) - 1,
-        activation=activation_module(options.get("activation", "relu")),
+        activation=activation_module(required_option(options, "activation", "aol", "relu, tanh, leaky_relu(0.1), ...")),
     ).to(state_dict["aol0.weight"].dtype)
     model.load_state_dict(state_dict)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipconvert import DAE, PluginInfo, hookimpl, spectral_norm
+from lipconvert import DAE, PluginInfo, computes_as, hookimpl, spectral_norm
 
 from ._residual import ResidualLinear, ResidualNetwork, residual_dae, residual_from_state_dict
 
@@ -33,7 +33,7 @@ class CPLNetwork(ResidualNetwork):
 
 @hookimpl
 def to_dae(model: nn.Module) -> DAE | None:
-    return residual_dae(model) if isinstance(model, CPLLinear) else None
+    return residual_dae(model) if computes_as(model, CPLLinear) else None
 
 
 @hookimpl

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipconvert import DAE, LBEN, MissingOptionError, PluginInfo, hookimpl
+from lipconvert import DAE, LBEN, PluginInfo, computes_as, hookimpl, required_option
 
 KEYS = {"log_psi", "G", "U", "V", "S", "b_z", "b_y"}
 
@@ -16,7 +16,7 @@ KEYS = {"log_psi", "G", "U", "V", "S", "b_z", "b_y"}
 @hookimpl
 def to_dae(model: nn.Module) -> DAE | None:
     """Λ = Ψ⁻¹, for which H = 2V′V + 2εI (FORMULAS 0.6)."""
-    return model.dae() if isinstance(model, LBEN) else None
+    return model.dae() if computes_as(model, LBEN) else None
 
 
 @hookimpl
@@ -26,11 +26,9 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
     n, p = state_dict["U"].shape
     given: dict[str, Any] = {}
     if "_extra_state" not in state_dict:  # written as safetensors, or by other code: L and ε are not there
-        for option, meaning in (("lipschitz", "the prescribed constant γ"), ("epsilon", "ε of eq. 2")):
-            if option not in options:
-                raise MissingOptionError("lben", option, meaning)
-            given[option] = float(options[option])
-        given["activation"] = options.get("activation", "relu")
+        needed = {"lipschitz": "the prescribed constant γ", "epsilon": "ε of eq. 2", "activation": "relu, tanh, ..."}
+        given = {name: required_option(options, name, "lben", meaning) for name, meaning in needed.items()}
+        given |= {name: float(given[name]) for name in ("lipschitz", "epsilon")}
     model = LBEN(p, n, len(state_dict["b_y"]), **given).to(state_dict["U"].dtype)
     model.load_state_dict(state_dict, strict=not given)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipconvert import DAE, PluginInfo, hookimpl
+from lipconvert import DAE, PluginInfo, computes_as, hookimpl
 
 from ._monotone import MonotoneDEQ, monotone_dae, monotone_from_state_dict
 
@@ -25,7 +25,7 @@ class MonDEQ(MonotoneDEQ):
 
 @hookimpl
 def to_dae(model: nn.Module) -> DAE | None:
-    return monotone_dae(model) if isinstance(model, MonDEQ) else None
+    return monotone_dae(model) if computes_as(model, MonDEQ) else None
 
 
 @hookimpl

@@ -13,12 +13,13 @@ from lipconvert import (
     DAE,
     Activations,
     InvalidParameterError,
-    MissingOptionError,
     PluginInfo,
     activation_module,
     activation_of,
     affine,
+    computes_as,
     hookimpl,
+    required_option,
 )
 
 
@@ -110,7 +111,7 @@ class SandwichNetwork(nn.Sequential):
 @hookimpl
 def to_dae(model: nn.Module) -> DAE | None:
     """With an activation: U = √2·scale·Φ⁻¹B, G = √2A′Φ, Λ = Φ²/scale, for which H = 0; a chain is (22) (FORMULAS 1.3)."""
-    if not isinstance(model, SandwichLinear):
+    if not computes_as(model, SandwichLinear):
         return None
     A, B = model.AB()
     if model.activation is None:
@@ -133,16 +134,17 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
     layers = {key.split(".")[0] for key in state_dict}
     if layers != {f"sandwich{k}" for k in range(len(layers))} or "sandwich0.alpha" not in state_dict:
         return None
-    if "lipschitz" not in options:
-        raise MissingOptionError("sandwich", "lipschitz", "the prescribed constant γ of the network")
+    lipschitz = required_option(options, "lipschitz", "sandwich", "the prescribed constant γ of the network")
     shapes = [tuple(state_dict[f"sandwich{k}.weight"].shape) for k in range(len(layers))]
     model = SandwichNetwork(
         inputs=shapes[0][1] - shapes[0][0],
         classes=shapes[-1][0],
         features=shapes[0][0],
         dense_depth=len(layers) - 1,
-        lipschitz=float(options["lipschitz"]),
-        activation=activation_module(options.get("activation", "relu")),
+        lipschitz=float(lipschitz),
+        activation=activation_module(
+            required_option(options, "activation", "sandwich", "relu, tanh, leaky_relu(0.1), ...")
+        ),
     ).to(state_dict["sandwich0.weight"].dtype)
     model.load_state_dict(state_dict)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipconvert import DAE, PluginInfo, hookimpl
+from lipconvert import DAE, PluginInfo, computes_as, hookimpl
 
 from ._residual import ResidualLinear, ResidualNetwork, residual_dae, residual_from_state_dict
 
@@ -43,7 +43,7 @@ class SLLNetwork(ResidualNetwork):
 
 @hookimpl
 def to_dae(model: nn.Module) -> DAE | None:
-    return residual_dae(model) if isinstance(model, SLLLinear) else None
+    return residual_dae(model) if computes_as(model, SLLLinear) else None
 
 
 @hookimpl
