@@ -302,9 +302,10 @@ class _Conversion:
             self.dtype
         )
 
-    def validate(self, model: nn.Module, net: Network) -> ValidationReport:
-        # Without --delta a checkpoint says itself at which L(1 + delta) it was made.
-        return validate_network(model, net, delta=self.delta or None, plugin=self.plugin, throw=False)
+    def validate(self, model: nn.Module, net: Network, *, made_here: bool = True) -> ValidationReport:
+        """Against its source; a network from a file says itself at which L(1 + delta) it was made, unless --delta does."""
+        delta = self.delta if made_here else self.delta or None
+        return validate_network(model, net, delta=delta, plugin=self.plugin, throw=False)
 
 
 def _conversion(input_shape: str | None, epsilon: float, delta: float, dtype: str, plugin: str | None) -> _Conversion:
@@ -482,7 +483,7 @@ def validate(
     with _progress() as bars:
         bars.add_task("validating", total=None)
         network = asked.convert(source) if net is None else checkpoint.load(net)
-        report = asked.validate(source, network)
+        report = asked.validate(source, network, made_here=net is None)
     if as_json:
         _print_json(report.model_dump(mode="json"))
     else:

@@ -44,6 +44,9 @@ class Normalize(nn.Module):
         """1/min(std)."""
         return float(1.0 / self.std.double().min())
 
+    def extra_repr(self) -> str:
+        return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
+
     def forward(self, x: Tensor) -> Tensor:
         channels = len(self.mean)
         if x.dim() < 2 or channels not in (1, x.shape[1]):
