@@ -148,6 +148,11 @@ def test_validate_compares_a_checkpoint_with_its_own_source_only(models):
     assert ValidationReport.model_validate(as_json("validate", "my_models:flat")).passed
     run("convert", "my_models:flat", "--out", "net.safetensors")
     assert as_json("validate", "my_models:flat", "--net", "net.safetensors")["passed"]
+    run("convert", "my_models:flat", "--delta", "1e-3", "--out", "inflated.safetensors")
+    assert as_json("validate", "my_models:flat", "--net", "inflated.safetensors")["passed"]  # it knows its own delta
+    assert not as_json("validate", "my_models:flat", "--net", "inflated.safetensors", "--delta", "1e-2", code=1)[
+        "passed"
+    ]
     other = flat()
     with torch.no_grad():
         other.sll1.bias[0] += 0.5
