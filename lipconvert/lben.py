@@ -28,11 +28,13 @@ from .state_map import ErrorBound, StateMap, triangular_blocks
 
 @dataclass
 class _Assembled:
-    """What inference reuses while the parameters stay: W, the rows of U that hold anything, the error bound once asked."""
+    """What inference reuses while the parameters stay: W, the rows of U that hold anything and whether they are I (as for
+    every residual network), the error bound once asked."""
 
     key: tuple[object, ...]
     map: StateMap
     driven: slice
+    copies: bool
     bound: ErrorBound | None = None
 
 
@@ -196,14 +198,17 @@ class LBEN(nn.Module):
                 map = StateMap(self.W, self.blocks, self.Psi.reciprocal())
                 driven = (self.U != 0).any(1).nonzero().flatten()
             rows = slice(int(driven[0]), int(driven[-1]) + 1) if len(driven) else slice(0, 0)
-            self._inference = _Assembled(key, map, rows)
+            n, p = rows.stop - rows.start, self.U.shape[1]
+            copies = n == p and bool(torch.equal(self.U[rows], torch.eye(p, dtype=self.U.dtype, device=self.U.device)))
+            self._inference = _Assembled(key, map, rows, copies)
         return self._inference
 
     def drive(self, x: Tensor) -> Tensor:
         """Ux + b_z without gradient; only the rows of U that hold anything are multiplied (B, p) → (B, n)."""
-        rows = self._assembled().driven
+        assembled = self._assembled()
+        rows = assembled.driven
         u = self.b_z.expand(len(x), -1).clone()
-        u[:, rows] += x @ self.U[rows].mT
+        u[:, rows] += x if assembled.copies else x @ self.U[rows].mT
         return u
 
     def _flat(self, x: Tensor) -> Tensor:

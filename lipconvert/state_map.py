@@ -131,10 +131,10 @@ class StateMap:
                 windows[block.start] = slice(before.start + int(significant[0]), before.stop)
         return windows
 
-    def rows_below(self, block: slice, z: Tensor) -> Tensor:  # (B, n) -> (B, size of block)
-        """The rows of one block of T z, T the strictly triangular part: only states evaluated before are read."""
+    def rows_below(self, block: slice, z: Tensor, u: Tensor) -> Tensor:  # (B, n), (B, n) -> (B, size of block)
+        """The rows of one block of T z + u, T the strictly triangular part: only states evaluated before are read."""
         window = self._windows[block.start]
-        return z[:, window] @ self.W[block, window].mT
+        return torch.addmm(u[:, block], z[:, window], self.W[block, window].mT)
 
     @cached_property
     def remainder(self) -> float:

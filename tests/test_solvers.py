@@ -147,9 +147,9 @@ class Counting(StateMap):
         self._count("rows")
         return super().rows(block, z)
 
-    def rows_below(self, block: slice, z: Tensor) -> Tensor:
+    def rows_below(self, block: slice, z: Tensor, u: Tensor) -> Tensor:
         self._count("rows_below")
-        return super().rows_below(block, z)
+        return super().rows_below(block, z, u)
 
     def resolvent(self, v: Tensor, alpha: float) -> Tensor:
         self._count("resolvent")

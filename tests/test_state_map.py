@@ -110,7 +110,7 @@ def strict_part(map: StateMap) -> Tensor:
     eye = torch.eye(map.states)
     T = torch.zeros(map.states, map.states)
     for block in map.order:
-        T[block] = map.rows_below(block, eye).mT
+        T[block] = map.rows_below(block, eye, torch.zeros_like(eye)).mT
     return T
 
 

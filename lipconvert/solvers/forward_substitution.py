@@ -17,5 +17,5 @@ def forward_substitution(map: StateMap, sigma: Elementwise, u: Tensor) -> tuple[
     """
     z = torch.empty_like(u)
     for block in map.order:
-        z[:, block] = sigma[block](map.rows_below(block, z).add_(u[:, block]))
+        z[:, block] = sigma[block](map.rows_below(block, z, u))
     return z, map.remainder * torch.linalg.vector_norm(z, dim=-1)
