@@ -129,20 +129,16 @@ def _stage_entry(stage: LBEN) -> StageEntry:
 
 
 def _stage(entry: StageEntry) -> LBEN:
-    with torch.random.fork_rng(devices=[]):  # the random start is overwritten: nobody's random numbers are used up
-        stage = LBEN(
-            entry.inputs,
-            entry.states,
-            entry.outputs,
-            lipschitz=entry.lipschitz,
-            epsilon=entry.epsilon,
-            activation=Activations.of((name, size) for name, size in entry.activations),
-            name=entry.name,
-        )
-    if sum(entry.blocks) != entry.states or any(size < 1 for size in entry.blocks):
-        raise ValueError(f"blocks {entry.blocks} do not add up to {entry.states} states")
-    stage.blocks = tuple(entry.blocks)
-    return stage
+    return LBEN.unfilled(
+        entry.inputs,
+        entry.states,
+        entry.outputs,
+        lipschitz=entry.lipschitz,
+        epsilon=entry.epsilon,
+        activation=Activations.of((name, size) for name, size in entry.activations),
+        blocks=entry.blocks,
+        name=entry.name,
+    )
 
 
 _KINDS = {kind.__name__: kind for kind in KNOWN}

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from . import data
 from .certify import RADII, certify
 from .convert import convert
-from .equilibrium import DEFAULT, SolverOptions
+from .equilibrium import SolverOptions
 from .errors import InvalidParameterError
 from .files import whole
 from .plotting import plot_certified_accuracy
@@ -139,7 +139,7 @@ def run_one(
     train(model, x, labels, lipschitz, config, lambda done, total: progress(name, "training", done, total))
     trained = time.perf_counter()
     progress(name, "converting", 0, 1)
-    net = convert(model, (x.shape[1],), check=False, options=DEFAULT)
+    net = convert(model, (x.shape[1],), check=False)
     converted = time.perf_counter()
     progress(name, "validating", 0, 1)
     report = validate(model, net, x_test[:VALIDATED].double())

@@ -44,7 +44,8 @@ class LBEN(nn.Module):
     ``LBEN(p, n, q)`` starts from random weights (the paper's baseline); ``LBEN.from_dae(dae)`` from a converted network.
     ``lipschitz``: L. ``epsilon``: ε ≥ 0; with ε > 0 it is well-posed for all parameters (H ≻ 0, Proposition 2.2), with
     ε = 0 only as long as (3) holds (`lipconvert.check`). ``activation``: one for all states, or `Activations`.
-    ``options``: how its equilibria are solved.
+    ``blocks``: sizes of the groups of states that substitution and sweeps go by, one group by default. ``options``: how its
+    equilibria are solved.
 
     Parameters: log_psi (n,), G (q, n), U (n, p), V (n, n), S (n, n), b_z (n,), b_y (q,).
     Forward raises `ShapeError` for inputs that do not fit and `NotConvergedError`.
@@ -59,6 +60,7 @@ class LBEN(nn.Module):
         lipschitz: float = 1.0,
         epsilon: float = 1e-2,
         activation: nn.Module | str | Activation | Activations = "relu",
+        blocks: Sequence[int] | None = None,
         options: SolverOptions = DEFAULT,
         name: str = "lben",
     ) -> None:
@@ -78,7 +80,7 @@ class LBEN(nn.Module):
             raise ShapeError("activations", f"{states} rows", f"{len(self.sigma)} rows")
         self.lipschitz, self.epsilon = float(lipschitz), float(epsilon)
         self.options, self.name = options, name
-        self.blocks: tuple[int, ...] = (states,)
+        self.blocks = _blocks((states,) if blocks is None else blocks, states)
         self.input_shape = (in_features,)
         self.log_psi = nn.Parameter(torch.zeros(states))
         self.G = nn.Parameter(torch.empty(out_features, states))
@@ -98,22 +100,27 @@ class LBEN(nn.Module):
             nn.init.zeros_(bias)
 
     @classmethod
+    def unfilled(cls, *sizes: int, **options: Any) -> LBEN:
+        """``LBEN(...)`` whose random start will be overwritten: nobody's random numbers are used up by it."""
+        with torch.random.fork_rng(devices=[]):
+            return cls(*sizes, **options)
+
+    @classmethod
     def from_dae(cls, dae: DAE, epsilon: float = 0.0, delta: float = 0.0, options: SolverOptions = DEFAULT) -> LBEN:
         """The LBEN with the same function and constant as a DAE, in float64; see `lipconvert.construction.construct`."""
         P = construct(dae, epsilon, delta)
         require_finite(P.Psi, f"Ψ = 1/Λ of {dae.name!r}")
-        with torch.random.fork_rng(devices=[]):  # the random start is overwritten: nobody's random numbers are used up
-            self = cls(
-                dae.inputs,
-                dae.states,
-                dae.outputs,
-                lipschitz=P.lipschitz,
-                epsilon=P.epsilon,
-                activation=dae.sigma,
-                options=options,
-                name=dae.name,
-            ).to(device=dae.W.device, dtype=torch.float64)
-        self.blocks = triangular_blocks(dae.W) or (dae.states,)
+        self = cls.unfilled(
+            dae.inputs,
+            dae.states,
+            dae.outputs,
+            lipschitz=P.lipschitz,
+            epsilon=P.epsilon,
+            activation=dae.sigma,
+            blocks=triangular_blocks(dae.W),
+            options=options,
+            name=dae.name,
+        ).to(device=dae.W.device, dtype=torch.float64)
         with torch.no_grad():
             self.V.zero_()
             self.V[: len(P.V)] = P.V
@@ -203,9 +210,9 @@ class LBEN(nn.Module):
             self._inference = _Assembled(key, map, rows, copies)
         return self._inference
 
-    def drive(self, x: Tensor) -> Tensor:
+    def drive(self, x: Tensor, assembled: _Assembled | None = None) -> Tensor:
         """Ux + b_z without gradient; only the rows of U that hold anything are multiplied (B, p) → (B, n)."""
-        assembled = self._assembled()
+        assembled = assembled or self._assembled()
         rows = assembled.driven
         u = self.b_z.expand(len(x), -1).clone()
         u[:, rows] += x if assembled.copies else x @ self.U[rows].mT
@@ -223,8 +230,9 @@ class LBEN(nn.Module):
     def solve(self, x: Tensor, options: SolverOptions | None = None) -> Solution:
         """The states z (B, n) of a batch x (B, p), with status, residual and steps per sample; no gradient."""
         with torch.no_grad():
-            u = self.drive(self._flat(x))
-            return solve(self.state_map(), self.sigma, u, options or self.options, self._where)
+            assembled = self._assembled()
+            u = self.drive(self._flat(x), assembled)
+            return solve(assembled.map, self.sigma, u, options or self.options, self._where)
 
     def readout(self, z: Tensor) -> Tensor:  # (B, n) -> (B, q)
         """y = Gz + b_y."""
@@ -238,7 +246,7 @@ class LBEN(nn.Module):
         """
         with torch.no_grad():
             assembled = self._assembled()
-            map, z, u = assembled.map, solution.value, self.drive(self._flat(x))
+            map, z, u = assembled.map, solution.value, self.drive(self._flat(x), assembled)
             s = self.sigma(map.apply(z) + u)
             if assembled.bound is None:
                 assembled.bound = map.error_bound(self.G, self.lipschitz)
@@ -278,13 +286,10 @@ class LBEN(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         runs: Sequence[tuple[str, int]] = state["activations"]
-        sigma, blocks = (
-            Activations.of((name, size) for name, size in runs),
-            tuple(int(size) for size in state["blocks"]),
-        )
+        sigma, blocks = Activations.of((name, size) for name, size in runs), _blocks(state["blocks"], len(self.b_z))
         lipschitz, epsilon = float(state["lipschitz"]), float(state["epsilon"])
-        if len(sigma) != len(self.b_z) or sum(blocks) != len(self.b_z) or min(blocks) < 1:
-            raise ShapeError("the extra state of an LBEN", f"{len(self.b_z)} rows", f"{len(sigma)} and {blocks}")
+        if len(sigma) != len(self.b_z):
+            raise ShapeError("the activations of an LBEN", f"{len(self.b_z)} rows", f"{len(sigma)} rows")
         if not (0.0 < lipschitz < float("inf") and 0.0 <= epsilon < float("inf")):
             raise InvalidParameterError("L, ε of the extra state", (lipschitz, epsilon), "L > 0 and ε ≥ 0 are needed")
         self.lipschitz, self.epsilon, self.sigma, self.blocks = lipschitz, epsilon, sigma, blocks
@@ -295,3 +300,10 @@ class LBEN(nn.Module):
             f"{self.U.shape[1]} inputs, {len(self.b_z)} states, {len(self.b_y)} outputs, "
             f"L={self.lipschitz:g}, epsilon={self.epsilon:g}, {self.sigma!r}"
         )
+
+
+def _blocks(sizes: Sequence[int], states: int) -> tuple[int, ...]:
+    blocks = tuple(int(size) for size in sizes)
+    if sum(blocks) != states or any(size < 1 for size in blocks):
+        raise ShapeError("the blocks of an LBEN", f"positive sizes that add up to {states}", blocks)
+    return blocks

@@ -114,8 +114,8 @@ class Network(nn.Module):
         """Outputs of a batch with a bound of the error left by inexact solves (FORMULAS 6); no gradient.
 
         Samples that do not converge are marked, not raised: nothing may be certified about them.
-        Raises `NoCertificateError` when a stage offers no bound: neither (3) with its Λ nor a spectral radius of |W|
-        below 1.
+        Raises `NoCertificateError` when a stage offers no bound: neither a diagonal metric with margin in (3) nor a
+        spectral radius of |W| below 1 (`StateMap.error_bound`).
         """
         with torch.no_grad():
             x = self._checked(x)

@@ -48,7 +48,7 @@ from .lben import LBEN
 from .network import Network
 from .registry import Plugin, registry
 from .trace import group, stage_dae, trace
-from .validate import jacobian
+from .validate import jacobian, relative_difference
 
 try:
     import pytest
@@ -67,13 +67,6 @@ def _at_most(what: str, value: float, bound: float) -> None:
 def _true(what: str, condition: bool) -> None:
     if not condition:
         pytest.fail(what, pytrace=False)
-
-
-def _difference(actual: Tensor, expected: Tensor) -> float:
-    """max|actual − expected| / max|expected|."""
-    _true(f"shape {tuple(actual.shape)} is not {tuple(expected.shape)}", actual.shape == expected.shape)
-    size = float(expected.abs().max())
-    return float((actual.double() - expected.double()).abs().max()) / (size if size > 0.0 else 1.0)
 
 
 def _same_tensors(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
@@ -351,14 +344,14 @@ class PluginConformance:
             y = model(x)
             through_dae = evaluate(to_dae(model), x.flatten(1))
             through_net = convert(model, check=False)(x)
-        _at_most("outputs, DAE - source", _difference(through_dae, y), self.output_tolerance)
-        _at_most("outputs, LBEN - source", _difference(through_net, y), self.output_tolerance)
+        _at_most("outputs, DAE - source", relative_difference(through_dae, y), self.output_tolerance)
+        _at_most("outputs, LBEN - source", relative_difference(through_net, y), self.output_tolerance)
 
     def test_input_gradients_equal(self, model: nn.Module) -> None:
         """∂y/∂x of the source by its own backward pass is that of the converted network."""
         x = self.inputs(model)
         expected, actual = jacobian(model, x), jacobian(convert(model, check=False), x)
-        _at_most("input gradients, LBEN - source", _difference(actual, expected), self.gradient_tolerance)
+        _at_most("input gradients, LBEN - source", relative_difference(actual, expected), self.gradient_tolerance)
 
     def test_bounded_by_L(self, model: nn.Module) -> None:
         """‖∂y/∂x‖₂ and difference quotients of source and network do not exceed L."""
@@ -376,7 +369,7 @@ class PluginConformance:
         with torch.no_grad():
             actual, expected = net(x), copy.deepcopy(single).double()(x.double())
         _true(f"the output is {actual.dtype}", actual.dtype is torch.float32)
-        _at_most("float32 outputs, LBEN - source", _difference(actual, expected), self.float32_tolerance)
+        _at_most("float32 outputs, LBEN - source", relative_difference(actual, expected), self.float32_tolerance)
 
     def test_conversion_leaves_the_model_alone(self, model: nn.Module) -> None:
         """Weights bit by bit, dtype, training flags, requires_grad and the values of gradients stay as they were."""
@@ -425,7 +418,7 @@ class PluginConformance:
             reversed_ = net(x.flip(0)).flip(0)
             beside = net(torch.cat([x, 1e3 * x]))[: len(x)]
         for name, y in (("alone", alone), ("reversed", reversed_), ("beside large samples", beside)):
-            _at_most(f"outputs {name} - in the batch", _difference(y, together), self.batch_tolerance)
+            _at_most(f"outputs {name} - in the batch", relative_difference(y, together), self.batch_tolerance)
 
     def test_conversion_is_deterministic(self, model: nn.Module) -> None:
         """Two conversions give the same parameters bit by bit, whatever the state of torch's generator."""

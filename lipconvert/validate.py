@@ -92,11 +92,11 @@ def validate(
 
     with torch.no_grad():
         expected = source(x)
-        at_most("output: DAE - source", "network", _relative(through_daes(x), expected), output_tolerance)
-        at_most("output: LBEN - source", "network", _relative(through_network(x), expected), output_tolerance)
+        at_most("output: DAE - source", "network", relative_difference(through_daes(x), expected), output_tolerance)
+        at_most("output: LBEN - source", "network", relative_difference(through_network(x), expected), output_tolerance)
     J, J_dae, J_net = (jacobian(f, x) for f in (source, through_daes, through_network))
-    at_most("input gradient: DAE - source", "network", _relative(J_dae, J), gradient_tolerance)
-    at_most("input gradient: LBEN - source", "network", _relative(J_net, J), gradient_tolerance)
+    at_most("input gradient: DAE - source", "network", relative_difference(J_dae, J), gradient_tolerance)
+    at_most("input gradient: LBEN - source", "network", relative_difference(J_net, J), gradient_tolerance)
     norm = float(torch.linalg.matrix_norm(J_net, 2).amax())
     at_most("Jacobian 2-norm / L", "network", norm / net.lipschitz, 1.0 + JACOBIAN)
     for members, dae, stage, L in zip(groups, daes, network.steps, network.step_lipschitz, strict=True):
@@ -137,12 +137,15 @@ def validate(
     return report
 
 
-def _relative(actual: Tensor, expected: Tensor) -> float:
-    """max|actual − expected| / max|expected| (the difference itself where everything expected is 0)."""
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """max|actual − expected| / max|expected|, in float64 (the difference itself where everything expected is 0).
+
+    Raises `ShapeError` when the shapes differ.
+    """
     if actual.shape != expected.shape:
         raise ShapeError("the compared output", tuple(expected.shape), tuple(actual.shape))
     size = float(expected.abs().max())
-    return float((actual - expected).abs().max()) / (size if size > 0.0 else 1.0)
+    return float((actual.double() - expected.double()).abs().max()) / (size if size > 0.0 else 1.0)
 
 
 def _result(name: str, where: str, value: float, bound: float, relation: Literal["<=", ">="]) -> CheckResult:
