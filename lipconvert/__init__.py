@@ -9,10 +9,10 @@
 Only the names below are promised.
 """
 
-from .activations import Activation, Activations, activation_module, activation_of
+from .activations import Activation, Activations, MaxMin, activation_module, activation_of
 from .certify import certify
 from .checkpoint import from_state_dict, load, read_weights, save
-from .compose import absorb, affine, compose, elementwise, eliminate, gauge, scale
+from .compose import absorb, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min, scale
 from .conditions import Conditions, H_matrix, X_matrix, check, strict_multiplier
 from .convert import convert, to_dae
 from .dae import DAE
@@ -42,7 +42,7 @@ from .lben import LBEN
 from .network import Network
 from .registry import Plugin, Registry, plugins, registry, required_option
 from .schema import RobustnessReport, ValidationReport
-from .spectrum import psd_sqrt, spectral_norm
+from .spectrum import Grid, conv2d_adjoint, conv2d_same, psd_sqrt, spectral_norm, strided_weight
 from .state_map import StateMap
 from .trace import computes_as
 from .validate import validate
@@ -58,9 +58,11 @@ __all__ = [
     "DataError",
     "EquivalenceError",
     "FirstFeatures",
+    "Grid",
     "H_matrix",
     "InvalidParameterError",
     "LipconvertError",
+    "MaxMin",
     "MeanPool",
     "MissingOptionError",
     "ModelError",
@@ -92,9 +94,13 @@ __all__ = [
     "affine",
     "certify",
     "check",
+    "coarsen",
     "compose",
     "computes_as",
+    "conv2d_adjoint",
+    "conv2d_same",
     "convert",
+    "densify",
     "elementwise",
     "eliminate",
     "equilibrium",
@@ -102,6 +108,7 @@ __all__ = [
     "gauge",
     "hookimpl",
     "load",
+    "max_min",
     "plugins",
     "psd_sqrt",
     "read_weights",
@@ -112,6 +119,7 @@ __all__ = [
     "solve",
     "spectral_norm",
     "strict_multiplier",
+    "strided_weight",
     "to_dae",
     "validate",
 ]

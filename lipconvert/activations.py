@@ -170,15 +170,29 @@ _REFUSED = {
     "CELU": "it is not in the table; ELU is.",
     "Softmax": "it is not elementwise.",
     "LogSoftmax": "it is not elementwise.",
-    "MaxMin": "it mixes pairs of coordinates.",
-    "GroupSort": "it mixes groups of coordinates.",
+    "MaxMin": "it mixes pairs of coordinates. lipconvert.MaxMin, with pairs (i, i + c/2), is converted exactly.",
+    "GroupSort": "it mixes groups of coordinates. For groups of two lipconvert.MaxMin is converted exactly.",
     "Abs": "its slope is -1 left of 0.",
 }
 
 
+class MaxMin(nn.Module):
+    """(a, b) ↦ (max(a, b), min(a, b)) on the halves of the channels, (B, c, ...) → (B, c, ...), c even; 1-Lipschitz.
+
+    Not elementwise, but exactly one residual step of ReLUs (`lipconvert.max_min`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] % 2:
+            raise ShapeError("the input of MaxMin", "(B, an even number of channels, ...)", tuple(x.shape))
+        a, b = x.chunk(2, dim=1)
+        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
+
+
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation: in the table, the identity apart, or refused by name."""
-    return (type(module) in _MODULES or type(module).__name__ in _REFUSED) and not isinstance(module, nn.Identity)
+    """Whether a module is an elementwise activation: in the table, the identity apart, or refused by name."""
+    known = type(module) in _MODULES or (type(module).__name__ in _REFUSED and type(module) is not MaxMin)
+    return known and not isinstance(module, nn.Identity)
 
 
 def activation_of(module: nn.Module | str | Activation, path: str = "") -> Activation:
@@ -218,10 +232,10 @@ def activation_module(activation: Activation | str) -> nn.Module:
 
 
 class Activations:
-    """σ of a whole state: runs of `Activation`, one per row, applied along the last dimension.
+    """σ of a whole state: runs of `Activation`, one per row (channel), applied along dimension 1 of a batch.
 
     ``Activations("relu", 5)`` is ReLU on five rows; ``a + b`` stacks; ``a[i:j]`` restricts; iteration gives the runs as
-    ``(activation, size)``. Shapes: (..., n) → (..., n).
+    ``(activation, size)``. Shapes: (B, n, ...) → (B, n, ...); a single state (n,) is taken too.
     """
 
     def __init__(self, activation: Activation | str, size: int) -> None:
@@ -292,21 +306,22 @@ class Activations:
         return Activations.of((a, int(part.sum())) for (a, _), part in zip(self.runs, parts, strict=True))
 
     def __call__(self, v: Tensor) -> Tensor:
-        """σ(v), (..., n) → (..., n)."""
+        """σ(v), (B, n, ...) → (B, n, ...)."""
         return self._apply(v, lambda activation, part: activation(part))
 
     def slope(self, v: Tensor) -> Tensor:
-        """σ′(v), (..., n) → (..., n)."""
+        """σ′(v), (B, n, ...) → (B, n, ...)."""
         return self._apply(v, lambda activation, part: activation.slope(part))
 
     def prox(self, v: Tensor, alpha: float) -> Tensor:
-        """prox_{αf}(v), (..., n) → (..., n)."""
+        """prox_{αf}(v), (B, n, ...) → (B, n, ...)."""
         return self._apply(v, lambda activation, part: activation.prox(part, alpha))
 
     def _apply(self, v: Tensor, function: Callable[[Activation, Tensor], Tensor]) -> Tensor:
-        if v.shape[-1] != len(self):
-            raise ShapeError("state", f"(..., {len(self)})", tuple(v.shape))
+        rows = min(1, v.dim() - 1)
+        if v.shape[rows] != len(self):
+            raise ShapeError("state", f"(B, {len(self)}, ...)", tuple(v.shape))
         if len(self.runs) == 1:
             return function(self.runs[0][0], v)
-        parts = v.split([size for _, size in self.runs], dim=-1)
-        return torch.cat([function(a, part) for (a, _), part in zip(self.runs, parts, strict=True)], dim=-1)
+        parts = v.split([size for _, size in self.runs], dim=rows)
+        return torch.cat([function(a, part) for (a, _), part in zip(self.runs, parts, strict=True)], dim=rows)

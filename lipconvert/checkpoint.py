@@ -94,8 +94,8 @@ def load(path: str | Path) -> Network:
 
 def _require_sizes(entry: StageEntry, index: int, tensors: Mapping[str, Tensor], path: str) -> None:
     n, p, q = entry.states, entry.inputs, entry.outputs
-    for key, shape in (("U", (n, p)), ("G", (q, n)), ("V", (n, n)), ("S", (n, n))):
-        found = tensors.get(f"steps.{index}.{key}")
+    for key, sizes in (("U", (n, p)), ("G", (q, n)), ("V", (n, n)), ("S", (n, n))):
+        found, shape = tensors.get(f"steps.{index}.{key}"), (*sizes, *entry.image)
         if found is None or tuple(found.shape) != shape:
             actual = "missing" if found is None else f"of shape {tuple(found.shape)}"
             raise CheckpointError(path, f"tensor 'steps.{index}.{key}'", f"{actual}, the manifest says {shape}")
@@ -125,6 +125,7 @@ def _stage_entry(stage: LBEN) -> StageEntry:
         epsilon=stage.epsilon,
         activations=[(str(activation), size) for activation, size in stage.sigma],
         blocks=list(stage.blocks),
+        image=list(stage.grid.image),
     )
 
 
@@ -138,6 +139,7 @@ def _stage(entry: StageEntry) -> LBEN:
         activation=Activations.of((name, size) for name, size in entry.activations),
         blocks=entry.blocks,
         name=entry.name,
+        image=entry.image,
     )
 
 

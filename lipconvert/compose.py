@@ -15,39 +15,120 @@ from torch import Tensor
 from .activations import Activation, Activations
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
-from .spectrum import psd_sqrt, require_finite, spectral_norm, triangular_factor
+from .spectrum import DENSE, Grid, psd_sqrt, require_finite, spectral_norm, triangular_factor
+
+# States up to which images are expanded into dense matrices: 128 MB for each, and a conversion holds a dozen.
+MOST_DENSE = 4096
 
 
-def affine(M: Tensor, b: Tensor | None = None, lipschitz: float | None = None, name: str = "affine") -> DAE:
+def affine(
+    M: Tensor, b: Tensor | None = None, lipschitz: float | None = None, name: str = "affine", grid: Grid = DENSE
+) -> DAE:
     """y = M x + b as a DAE of identity rows: W = 0, U = M, G = I, b_z = b, Λ = I/L; H = (I − MM′/L²)/L.
 
-    ``M`` (..., q, p), ``b`` (q,). ``lipschitz`` defaults to an upper bound of ‖M‖ (1 if M = 0).
+    ``M`` (q, p), or (F, q, p) on a grid; ``b`` (q,). ``lipschitz`` defaults to an upper bound of ‖M‖ (1 if M = 0).
     Raises `NotPSDError` when a given L is below ‖M‖, `NotFiniteError`, `ShapeError`, `InvalidParameterError` for L ≤ 0.
     """
     if M.dim() < 2:
-        raise ShapeError(f"M of {name!r}", "(..., q, p)", tuple(M.shape))
+        raise ShapeError(f"M of {name!r}", (*grid.batch, "q", "p"), tuple(M.shape))
     require_finite(M, f"M of {name!r}")
     if lipschitz is not None and not 0.0 < lipschitz < float("inf"):
         raise InvalidParameterError(f"L of {name!r}", lipschitz, "a Lipschitz constant must be positive and finite")
     M = M.detach().to(torch.complex128 if M.is_complex() else torch.float64)
     L = (float(spectral_norm(M)) or 1.0) if lipschitz is None else float(lipschitz)
-    q = M.shape[-2]
-    eye = torch.eye(q, dtype=M.dtype, device=M.device).expand(*M.shape[:-1], q)
+    eye = _identity(grid, M.shape[-2], M.device)
     if not 1e-150 < L < 1e150:
         raise InvalidParameterError(
             f"‖M‖ of {name!r}", L, "a norm outside [1e-150, 1e150] leaves nothing to compute with"
         )
     contraction = M / L
     V = psd_sqrt(eye - contraction @ contraction.mH, f"I - MM'/L² of {name!r} (L = {L:g})", 1.0) * (2.0 * L) ** -0.5
-    ones = torch.ones(q, dtype=torch.float64, device=M.device)
-    return DAE(torch.zeros_like(eye), M, eye, ones / L, b, None, Activations("identity", q), L, V, name=name)
+    q = M.shape[-2]
+    Lambda = torch.full((q,), 1.0 / L, dtype=torch.float64, device=M.device)
+    sigma = Activations("identity", q)
+    return DAE(torch.zeros_like(eye), M, eye, Lambda, b, None, sigma, L, V, name=name, grid=grid)
 
 
-def elementwise(activation: Activation | str, size: int, name: str = "activation") -> DAE:
-    """y = σ(x), x of ``size`` coordinates: W = 0, U = G = Λ = I, L = 1; H = 0."""
-    eye = torch.eye(size, dtype=torch.float64)
+def elementwise(activation: Activation | str, size: int, name: str = "activation", grid: Grid = DENSE) -> DAE:
+    """y = σ(x), x of ``size`` coordinates, or channels on a grid: W = 0, U = G = Λ = I, L = 1; H = 0."""
+    eye = _identity(grid, size)
     sigma = Activations(activation, size)
-    return DAE(0.0 * eye, eye, eye, torch.ones(size), activations=sigma, V=eye[:0], name=name)
+    V = eye[..., :0, :]
+    return DAE(torch.zeros_like(eye), eye, eye, torch.ones(size), activations=sigma, V=V, name=name, grid=grid)
+
+
+def max_min(size: int, name: str = "maxmin", grid: Grid = DENSE) -> DAE:
+    """`MaxMin` on ``size`` coordinates (a, b) as one residual step: z = [v; s], v = x, s = relu(b − a), y = (a + s, b − s).
+
+        W = [[0, 0], [w′, 0]],  U = [I; 0],  G = [I, −w],  w′ = [−I, I],  Λ = I,  L = 1;  H = 0 since w′w = 2I = T   (FORMULAS 1.2)
+
+    Raises `ShapeError` for an odd size.
+    """
+    if size % 2:
+        raise ShapeError(f"the input of {name!r}", "an even number of channels", size)
+    half = size // 2
+    eye, one = _identity(grid, size), _identity(grid, half)
+    w = torch.cat([-one, one], dim=-2)
+    lower = torch.cat([w.mH, one.new_zeros(*grid.batch, half, half)], dim=-1)
+    return DAE(
+        W=torch.cat([lower.new_zeros(*grid.batch, size, size + half), lower], dim=-2),
+        U=torch.cat([eye, eye.new_zeros(*grid.batch, half, size)], dim=-2),
+        G=torch.cat([eye, -w], dim=-1),
+        Lambda=torch.ones(size + half, dtype=torch.float64),
+        activations=Activations("identity", size) + Activations("relu", half),
+        V=lower[..., :0, :],
+        blocks=(size, half),
+        name=name,
+        grid=grid,
+    )
+
+
+def coarsen(dae: DAE, rows: int, columns: int) -> DAE:
+    """The same function on ``pixel_unshuffle``d images: (c, h, w) ↦ (c·rows·columns, h/rows, w/columns) on both sides.
+
+    The polyphase form (FORMULAS 4). Λ, L and H go with their channels: unshuffling is a permutation.
+    Raises `ShapeError` unless the factors divide h and w.
+    """
+    if not dae.grid or dae.grid.image[0] % rows or dae.grid.image[1] % columns:
+        raise ShapeError(f"the image of {dae.name!r}", f"(h, w), multiples of ({rows}, {columns})", dae.grid.image)
+    fine, coarse = dae.grid, Grid((dae.grid.image[0] // rows, dae.grid.image[1] // columns))
+    phases = rows * columns
+
+    def polyphase(M: Tensor) -> Tensor:
+        # y[rows·s + a] = Σ_t K[t] x[rows·s + a + t]: phase a of the output reads the kernel rolled by a
+        K = fine.kernels(M)
+        rolled = [torch.roll(K, (a, b), (2, 3)) for a in range(rows) for b in range(columns)]
+        split = torch.stack(rolled, 1).reshape(len(K) * phases, K.shape[1], coarse.image[0], rows, coarse.image[1], columns)
+        return coarse.matrices(split.permute(0, 1, 3, 5, 2, 4).reshape(len(split), K.shape[1] * phases, *coarse.image))
+
+    return replace(
+        dae,
+        W=polyphase(dae.W),
+        U=polyphase(dae.U),
+        G=polyphase(dae.G),
+        Lambda=dae.Lambda.repeat_interleave(phases),
+        b_z=dae.bias_z.repeat_interleave(phases),
+        b_y=dae.bias_y.repeat_interleave(phases),
+        activations=Activations.of((activation, size * phases) for activation, size in dae.sigma),
+        V=None if dae.V is None else polyphase(dae.V),
+        blocks=tuple(size * phases for size in dae.blocks),
+        grid=coarse,
+    )
+
+
+def densify(dae: DAE) -> DAE:
+    """The same function on flattened images, as a dense DAE: its coarsest polyphase form, n·h·w states. For small images.
+
+    Raises `ShapeError` above `MOST_DENSE` states.
+    """
+    if not dae.grid:
+        return dae
+    states = dae.states * dae.grid.pixels
+    if states > MOST_DENSE:
+        raise ShapeError(f"the dense form of {dae.name!r}", f"at most {MOST_DENSE} states", f"{states} states")
+    flat = coarsen(dae, *dae.grid.image)
+    W, U, G, V = (None if M is None else M.real[0] for M in (flat.W, flat.U, flat.G, flat.V))
+    return replace(flat, W=W, U=U, G=G, V=V, grid=DENSE)
 
 
 def compose(*daes: DAE) -> DAE:
@@ -65,11 +146,11 @@ def compose(*daes: DAE) -> DAE:
 
 
 def _compose(f: DAE, g: DAE) -> DAE:
-    if f.outputs != g.inputs or f.W.shape[:-2] != g.W.shape[:-2]:
-        raise ShapeError(f"the output of {f.name!r}", f"the input of {g.name!r}: {g.inputs}", f.outputs)
+    if f.output_shape != g.input_shape:
+        raise ShapeError(f"the output of {f.name!r}", f"the input of {g.name!r}: {g.input_shape}", f.output_shape)
     n, m = f.states, g.states
     zeros = f.W.new_zeros
-    batch = f.W.shape[:-2]
+    batch = f.grid.batch
     V = None
     if f.V is not None and g.V is not None:
         link = torch.cat([g.lipschitz * f.G, -(g.Lambda.unsqueeze(-1) * g.U).mH], dim=-1)
@@ -94,6 +175,7 @@ def _compose(f: DAE, g: DAE) -> DAE:
         V=V,
         blocks=f.blocks + g.blocks,
         name=f"{f.name} > {g.name}",
+        grid=f.grid,
     )
 
 
@@ -225,6 +307,12 @@ def gauge(dae: DAE, D: Tensor | None = None) -> DAE:
 
 def _identity_like(M: Tensor) -> Tensor:
     return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+
+
+def _identity(grid: Grid, size: int, device: torch.device | None = None) -> Tensor:
+    """I (n, n) in double precision, one for each frequency of a grid."""
+    eye = torch.eye(size, dtype=torch.complex128 if grid else torch.float64, device=device)
+    return eye.expand(*grid.batch, size, size)
 
 
 def _through(M: Tensor, b: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Conditions:
     ``margin_10``: λ_min of H in the gauge Λ = I; ≥ 0 means L-Lipschitz if well-posed (Theorem 3.1), > 0 is (4)
     (Proposition 2.2). ``least_eigenvalue``: λ_min of H itself. ``tolerance``: round-off of both margins.
     ``contracting``: the spectral radius of |W| is below 1, as for every triangular W: σ(Wz + u) is then a contraction in a
-    weighted maximum norm. ``well_posed``: one of the two.
+    weighted maximum norm (`StateMap.comparison`). ``well_posed``: one of the two.
     """
 
     margin_3: float
@@ -117,7 +117,7 @@ def check(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None
         margin_10=least_eigenvalue(gauged),
         least_eigenvalue=least_eigenvalue(H),
         tolerance=roundoff(gauged, scale),
-        contracting=dae.W.dim() == 2 and StateMap(dae.W).comparison is not None,
+        contracting=StateMap(dae.W, grid=dae.grid).comparison is not None,
         lipschitz=L,
     )
 

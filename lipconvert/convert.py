@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
 from torch import nn
 
-from .activations import activation_of, is_activation
-from .compose import affine, elementwise
+from .activations import MaxMin, activation_of, is_activation
+from .compose import MOST_DENSE, affine, coarsen, compose, densify, elementwise, eliminate, max_min
 from .dae import DAE
 from .equilibrium import DEFAULT, SolverOptions
-from .errors import InvalidParameterError
+from .errors import InvalidParameterError, ShapeError
 from .glue import affine_image
 from .lben import LBEN
 from .network import Network
-from .trace import group, label, stage_dae, trace
-from .validate import validate
+from .trace import Step, glue_dae, group, label, stage_dae, trace
+from .validate import compare
 
 
-def to_dae(model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None) -> DAE:
-    """A whole model as one DAE on flattened inputs, float64; affine glue is taken in as a layer.
+def to_dae(
+    model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None, *, dense: bool = False
+) -> DAE:
+    """A whole model as one DAE, float64; affine glue is taken in as a layer.
 
-    ``input_shape`` of one sample, where the model does not say it; ``plugin``: who has the first word.
-    Raises what `trace` raises.
+    Layers on images stay on their grid as long as all that follows has a place there; where something has not (``Flatten``,
+    pooling), what came before is expanded into a dense DAE on flattened images, which only small ones allow (`densify`).
+    ``input_shape`` of one sample, where the model does not say it; ``plugin``: who has the first word; ``dense``: expand
+    from the start. Raises what `trace` raises, `ShapeError` where the dense form is too large.
     """
-    steps = []
-    for step in trace(model, input_shape, plugin):
-        if step.dae is None:
-            if is_activation(step.module):
-                size = torch.Size(step.input_shape).numel()
-                dae = elementwise(activation_of(step.module, step.path), size, step.path)
-            else:
-                M, b = affine_image(step.module, step.input_shape, step.path)
-                dae = affine(M, b, step.lipschitz, label(step.path, step.module))
-            step = replace(step, dae=dae)
-        steps.append(step)
-    return replace(stage_dae(steps), name=type(model).__name__)
+    result: DAE | None = None
+    for step in trace(model, input_shape, plugin, dense):
+        if result is not None and result.grid and type(step.module) is nn.PixelUnshuffle:
+            factor = int(step.module.downscale_factor)
+            result = coarsen(result, factor, factor)
+            continue
+        dae = glue_dae(step) or _flat_dae(step)
+        if result is not None and result.grid != dae.grid:
+            result, dae = densify(result), densify(dae)
+        result = dae if result is None else eliminate(compose(result, dae))
+    assert result is not None
+    return replace(result, name=type(model).__name__)
+
+
+def _flat_dae(step: Step) -> DAE:
+    """Glue that has no place on a grid, on flattened images."""
+    size, name = step.input_shape, label(step.path, step.module)
+    if is_activation(step.module):
+        return elementwise(activation_of(step.module, step.path), math.prod(size), name)
+    if type(step.module) is MaxMin:
+        return max_min(math.prod(size), name)
+    if math.prod(size) > MOST_DENSE:
+        raise ShapeError(f"the dense form of {name!r}", f"at most {MOST_DENSE} inputs", f"{math.prod(size)} inputs")
+    return affine(*affine_image(step.module, size, step.path), step.lipschitz, name)
 
 
 def convert(
@@ -48,6 +64,8 @@ def convert(
     delta: float = 0.0,
     plugin: str | None = None,
     options: SolverOptions = DEFAULT,
+    merge: bool = False,
+    dense: bool = False,
     check: bool = True,
 ) -> Network:
     """The same function with the same Lipschitz constant as LBEN stages and glue, float64 until ``.float()``.
@@ -55,23 +73,22 @@ def convert(
     ``input_shape`` of one sample, where the model does not say it (an attribute ``input_shape``, or its first layer).
     ``epsilon``: ε of every stage; 0 is exact. ``delta``: state each stage's constant at L(1 + δ), which ε > 0 needs for
     most networks (`lipconvert.construction.construct`). ``plugin``: who has the first word where two claim a layer.
-    ``options``: how the stages are solved. ``check``: run `validate` and raise when it fails.
+    ``options``: how the stages are solved. ``merge``: join neighbouring stages, and the affine glue beside them, into one
+    where they share a space: flat, or images of one size. ``dense``: state layers on images densely, on flattened ones: any
+    padding, but small images only. ``check``: run `validate` and raise when it fails.
 
     Raises what `trace` raises, `NotPSDError` and `EquivalenceError`.
     """
     if not epsilon >= 0.0:
         raise InvalidParameterError("epsilon", epsilon, "it must be finite and not negative")
-    steps = trace(model, input_shape, plugin)
+    groups = group(trace(model, input_shape, plugin, dense), merge)
+    daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
     modules: list[nn.Module] = []
     constants: list[float | None] = []
-    for members in group(steps):
-        if members[0].dae is None:
-            modules.append(members[0].module)
-            constants.append(members[0].lipschitz)
-        else:
-            modules.append(LBEN.from_dae(stage_dae(members), epsilon, delta, options))
-            constants.append(None)
-    network = Network(modules, constants, steps[0].input_shape).eval()
+    for members, dae in zip(groups, daes, strict=True):
+        modules.append(members[0].module if dae is None else LBEN.from_dae(dae, epsilon, delta, options))
+        constants.append(members[0].lipschitz if dae is None else None)
+    network = Network(modules, constants, groups[0][0].input_shape).eval()
     if check:
-        validate(model, network, delta=delta, plugin=plugin)
+        compare(model, network, groups, daes, delta=delta)
     return network

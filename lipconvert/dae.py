@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .activations import Activations
 from .errors import InvalidParameterError, ShapeError
-from .spectrum import require_finite
+from .spectrum import DENSE, Grid, require_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +25,14 @@ class DAE:
 
     ``DAE(W, U, G, Lambda)`` means zero biases, ReLU on every row and L = 1. It unpacks as ``W, U, G, Lambda = dae``.
 
-    Shapes: ``W`` (..., n, n), ``U`` (..., n, p), ``G`` (..., q, n), ``Lambda`` (n,) (an (n, n) diagonal matrix is taken
-    too), ``b_z`` (n,), ``b_y`` (q,); n states, p inputs, q outputs. ``activations`` has n rows. ``lipschitz`` is L.
+    Shapes: ``W`` (n, n), ``U`` (n, p), ``G`` (q, n), ``Lambda`` (n,) (an (n, n) diagonal matrix is taken too), ``b_z`` (n,),
+    ``b_y`` (q,); n states, p inputs, q outputs. ``activations`` has n rows. ``lipschitz`` is L.
 
-    ``V`` (..., r, n), optional: rows in closed form with V′V = H(Λ, L)/2. Where an architecture knows them, no square
+    ``grid``: ``Grid((h, w))`` for a network of circular convolutions on h×w images. States, inputs and outputs are then
+    channels, W, U, G and V complex matrices for each frequency, (F, n, n) and so on (`Grid.matrices`), and Λ and the biases
+    the same in every pixel of a channel: ΛW would not be circular otherwise. (FORMULAS 4)
+
+    ``V`` (r, n), optional: rows in closed form with V′V = H(Λ, L)/2. Where an architecture knows them, no square
     root of a large singular matrix is needed. They are checked against H when an LBEN is built from them.
 
     ``blocks``: sizes of the consecutive groups of rows, in the order of the layers they come from; by default the runs
@@ -50,6 +54,7 @@ class DAE:
     V: Tensor | None = None
     blocks: tuple[int, ...] = ()
     name: str = "dae"
+    grid: Grid = DENSE
 
     def __post_init__(self) -> None:
         def put(field: str, value: object) -> None:
@@ -66,10 +71,13 @@ class DAE:
             require_finite(tensor, self._at(field))
             if tensor.is_complex() and (field.startswith("b_") or not self.W.is_complex()):
                 raise ShapeError(self._at(field), "real entries", tensor.dtype)
-        W = self.W
-        if W.dim() < 2 or W.shape[-1] != W.shape[-2]:
-            raise ShapeError(self._at("W"), "(..., n, n)", tuple(W.shape))
-        batch, n = W.shape[:-2], W.shape[-1]
+        W, batch = self.W, self.grid.batch
+        if W.dim() < 2 or W.shape != (*batch, W.shape[-1], W.shape[-1]):
+            raise ShapeError(self._at("W"), (*batch, "n", "n"), tuple(W.shape))
+        if W.is_complex() != bool(self.grid):
+            kind = "complex (one matrix for each frequency)" if self.grid else "real"
+            raise ShapeError(self._at("W"), kind, W.dtype)
+        n = W.shape[-1]
         if self.U.dim() < 2 or self.U.shape[:-1] != (*batch, n):
             raise ShapeError(self._at("U"), (*batch, n, "p"), tuple(self.U.shape))
         if self.G.dim() < 2 or (*self.G.shape[:-2], self.G.shape[-1]) != (*batch, n):
@@ -101,6 +109,17 @@ class DAE:
 
     def _diagonal(self, n: int) -> Tensor:
         Lambda = self.Lambda
+        if self.grid and tuple(Lambda.shape) == (n, *self.grid.image):
+            first = Lambda[:, :1, :1]
+            if not torch.equal(Lambda, first.expand_as(Lambda)):
+                spread = float((Lambda / first - 1.0).abs().max())
+                raise InvalidParameterError(
+                    self._at("Lambda"),
+                    f"varying inside a channel (by {spread:.1e} relative)",
+                    "with it ΛW is no circular convolution, so (10) has no form per frequency. The mean over the pixels of a "
+                    "channel satisfies (10) too if any Λ does; or state the layer densely, on flattened images",
+                )
+            Lambda = first.flatten().clone()
         if tuple(Lambda.shape) == (n, n) and torch.equal(Lambda, torch.diag(Lambda.diagonal())):
             Lambda = Lambda.diagonal().clone()
         if tuple(Lambda.shape) != (n,) or Lambda.is_complex():
@@ -145,8 +164,19 @@ class DAE:
         """q, the number of outputs."""
         return self.G.shape[-2]
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (p,), or (p, h, w) on a grid."""
+        return (self.inputs, *self.grid.image)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of one output: (q,), or (q, h, w) on a grid."""
+        return (self.outputs, *self.grid.image)
+
     def __repr__(self) -> str:
         return (
             f"DAE({self.name!r}: {self.inputs} inputs, {self.states} states in {len(self.blocks)} blocks, "
-            f"{self.outputs} outputs, {self.sigma!r}, L={self.lipschitz:g})"
+            f"{self.outputs} outputs, {self.sigma!r}, L={self.lipschitz:g}"
+            + (f", {self.grid.image[0]}x{self.grid.image[1]} pixels)" if self.grid else ")")
         )

@@ -2,10 +2,14 @@
 
 ``solve`` is the solver with its report; ``equilibrium`` is the differentiable function of (W, u). Every sample of a
 batch stops on its own residual, so no prediction depends on the samples beside it.
+
+States are given and returned in coordinates (`Grid`): (B, n), or the half spectrum (B, n, F) of images, where W is block
+diagonal. σ acts on pixels; that is the only place where anything is transformed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -17,7 +21,7 @@ from .activations import Activations
 from .dae import DAE
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .solvers import Elementwise, ForwardBackward, Iteration, Newton, PeacemanRachford, Sweep, forward_substitution
-from .spectrum import require_finite
+from .spectrum import Grid, require_finite
 from .state_map import StateMap
 
 METHODS = ("auto", "forward_substitution", "sweep", "peaceman_rachford", "forward_backward", "newton")
@@ -39,7 +43,7 @@ class Status(IntEnum):
 class Solution:
     """The states found and how it went, sample by sample.
 
-    ``value`` (B, n); ``residual`` (B,): ‖z − σ(Wz + u)‖₂ or an upper bound of it; ``scale`` (B,): ‖z‖ + ‖u‖ + ‖Wz‖
+    ``value`` (B, n), or (B, n, F) on a grid; ``residual`` (B,): ‖z − σ(Wz + u)‖₂ or an upper bound of it; ``scale`` (B,): ‖z‖ + ‖u‖ + ‖Wz‖
     (without ‖Wz‖ after forward substitution), which the tolerance refers to; ``steps`` (B,) iterations (1 for forward
     substitution); ``status`` (B,) of `Status`; ``method``: the method that ran, ``"sweep, peaceman_rachford"`` when a
     second one took over.
@@ -98,19 +102,21 @@ NEARLY_TRIANGULAR = 0.5
 def solve(
     map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions = DEFAULT, where: str = "equilibrium"
 ) -> Solution:
-    """Solve z = σ(Wz + u) for a batch u (B, n); see `SolverOptions` and `Solution`. Not differentiable by itself.
+    """Solve z = σ(Wz + u) for a batch u (B, n), or (B, n, F) on the map's grid; see `SolverOptions` and `Solution`. Not differentiable by itself.
 
     ``where`` names the equilibrium in messages. Raises `NotConvergedError` (with the solution so far) unless
     ``options.throw`` is False, `ShapeError` for a u that does not fit, `InvalidParameterError` for a dtype below float32.
     """
-    if u.dim() != 2 or u.shape[1] != map.states:
-        raise ShapeError("u", f"(B, {map.states})", tuple(u.shape))
-    if u.dtype not in TOLERANCE:
+    if u.shape[1:] != (map.states, *map.grid.batch) or u.is_complex() != bool(map.grid):
+        raise ShapeError("u", ("B", map.states, *map.grid.batch), f"{tuple(u.shape)}, {u.dtype}")
+    if u.real.dtype not in TOLERANCE:
         raise InvalidParameterError(f"the dtype of {where}", u.dtype, "equilibria are solved in float32 or float64")
-    tolerance = options.tolerance or TOLERANCE[u.dtype]
+    tolerance = options.tolerance or TOLERANCE[u.real.dtype]
+    if options.method == "newton" and map.grid:
+        raise InvalidParameterError("method", "'newton'", "on images its linear systems couple all pixels; take another")
     with torch.no_grad():
         u = u.detach()
-        solution = _dispatch(map, sigma, u, options, tolerance)
+        solution = _dispatch(map, _in_coordinates(map.grid, sigma), u, options, tolerance)
     if options.throw and not bool(solution.converged.all()):
         require_finite(u, f"the input Ux + b_z of {where}")
         raise NotConvergedError(solution, tolerance, where)
@@ -123,7 +129,7 @@ def _dispatch(map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptio
         method = "forward_substitution"
     if method == "forward_substitution":
         z, residual = forward_substitution(map, sigma, u)
-        return _report(z, residual, u, torch.ones_like(residual, dtype=torch.long), tolerance, method)
+        return _report(map, z, residual, u, torch.ones_like(residual, dtype=torch.long), tolerance, method)
     solution: Solution | None = None
     for iteration, max_steps in _plan(method, map, options.max_steps):
         if solution is None:
@@ -148,7 +154,10 @@ def _plan(method: str, map: StateMap, max_steps: int) -> list[tuple[Iteration, i
     plan: list[tuple[Iteration, int]] = [(Sweep(), 100)] if map.remainder <= NEARLY_TRIANGULAR else []
     fast, safe = map.splitting_steps
     # A Newton step costs about n steps of splitting; by then it is close enough for Newton, or Newton gives up early.
-    plan += [(PeacemanRachford(fast), 200 + map.states), (Newton(), 30), (PeacemanRachford(safe), max_steps)]
+    plan.append((PeacemanRachford(fast), 200 + map.states))
+    if not map.grid:
+        plan.append((Newton(), 30))
+    plan.append((PeacemanRachford(safe), max_steps))
     budgeted = []
     for iteration, steps in plan:
         steps = min(steps, max_steps)
@@ -199,34 +208,38 @@ def _iterate(
         if samples.numel() == 0:
             break
         state, z, residual = iteration.step(map, active_sigma, active, state)
-        size = torch.linalg.vector_norm(z, dim=-1) + torch.linalg.vector_norm(active, dim=-1)
+        size = map.norm(z) + map.norm(active)
         # Half the tolerance: the residual is evaluated afresh at the end, and must still meet it. A residual that is no
         # longer finite never recovers.
         stop = (residual <= 0.5 * tolerance * size) | ~torch.isfinite(residual)
-        if bool(stop.any()):
+        if len(stop) == len(u) and bool(stop.all()):  # nothing to pick out
+            value, samples = z, samples[:0]
+            steps.fill_(count)
+        elif bool(stop.any()):
             value[samples[stop]], steps[samples[stop]] = z[stop], count
             go = (~stop).nonzero().flatten()
             samples, active, z = samples[go], active[go], z[go]
             state, active_sigma = tuple(part[go] for part in state), active_sigma.take(go)
-    value[samples] = z
+    if samples.numel():
+        value[samples] = z
     Wz = map.apply(value)
-    residual = torch.linalg.vector_norm(value - sigma(Wz + u), dim=-1)
-    return _report(value, residual, u, steps, tolerance, iteration.name, Wz)
+    residual = map.norm(value - sigma(Wz + u))
+    return _report(map, value, residual, u, steps, tolerance, iteration.name, Wz)
 
 
 def _report(
-    z: Tensor, residual: Tensor, u: Tensor, steps: Tensor, tolerance: float, method: str, Wz: Tensor | None = None
+    map: StateMap, z: Tensor, residual: Tensor, u: Tensor, steps: Tensor, tolerance: float, method: str, Wz: Tensor | None = None
 ) -> Solution:
     # ‖Wz‖ belongs to the scale where it is at hand: the round-off of evaluating Wz + u is proportional to it.
     terms = (z, u) if Wz is None else (z, u, Wz)
-    scale = torch.stack([torch.linalg.vector_norm(term, dim=-1) for term in terms]).sum(0)
+    scale = torch.stack([map.norm(term) for term in terms]).sum(0)
     status = torch.where(residual <= tolerance * scale, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(torch.isfinite(residual), status, int(Status.DIVERGED))
     return Solution(z, residual, scale, steps, status, method)
 
 
 class _Slopes:
-    """v ↦ D v with fixed slopes D (B, n) in [0, 1]: what stands for σ in an adjoint solve."""
+    """v ↦ D v with fixed slopes D (B, n, ...) in [0, 1]: what stands for σ in an adjoint solve."""
 
     def __init__(self, D: Tensor) -> None:
         self.D = D
@@ -247,11 +260,77 @@ class _Slopes:
         return _Slopes(self.D[samples])
 
 
+class _OnPixels:
+    """σ as a function of coordinates: to pixels, σ, and back. Rows on which it is the identity (None) need neither."""
+
+    def __init__(self, grid: Grid, parts: Sequence[tuple[int, Elementwise | None]]) -> None:
+        self.grid, self.parts = grid, parts
+
+    def __getitem__(self, rows: slice) -> _OnPixels:
+        picked, offset = [], 0
+        for size, sigma in self.parts:
+            low, high = max(rows.start - offset, 0), min(rows.stop - offset, size)
+            if low < high:
+                picked.append((high - low, None if sigma is None else sigma[low:high]))
+            offset += size
+        return _OnPixels(self.grid, picked)
+
+    def _each(self, v: Tensor, function: Callable[[Elementwise, Tensor], Tensor]) -> Tensor:
+        def image(sigma: Elementwise | None, part: Tensor) -> Tensor:
+            return part if sigma is None else self.grid.coordinates(function(sigma, self.grid.values(part)))
+
+        if len(self.parts) == 1:
+            return image(self.parts[0][1], v)
+        result = torch.empty_like(v)
+        offset = 0
+        for size, sigma in self.parts:
+            result[:, offset : offset + size] = image(sigma, v[:, offset : offset + size])
+            offset += size
+        return result
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self._each(v, lambda sigma, pixels: sigma(pixels))
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        return self._each(v, lambda sigma, pixels: sigma.prox(pixels, alpha))
+
+    def slope(self, v: Tensor) -> Tensor:
+        raise NotImplementedError("slopes differ from pixel to pixel: they have no coordinates")
+
+    def take(self, samples: Tensor) -> _OnPixels:
+        return _OnPixels(self.grid, [(n, None if sigma is None else sigma.take(samples)) for n, sigma in self.parts])
+
+    def slopes(self, v: Tensor) -> _OnPixels:
+        """v ↦ Dv with the slopes D at the coordinates v."""
+        parts: list[tuple[int, Elementwise | None]] = []
+        offset = 0
+        for size, sigma in self.parts:
+            rows = v[:, offset : offset + size]
+            parts.append((size, None if sigma is None else _Slopes(sigma.slope(self.grid.values(rows)))))
+            offset += size
+        return _OnPixels(self.grid, parts)
+
+
+def _in_coordinates(grid: Grid, sigma: Elementwise) -> Elementwise:
+    """σ as the solvers see it."""
+    if not grid or not isinstance(sigma, Activations):
+        return sigma
+    return _OnPixels(grid, [(n, None if a.name == "identity" else Activations(a, n)) for a, n in sigma])
+
+
+def one_step(map: StateMap, sigma: Activations, z: Tensor, u: Tensor) -> Tensor:
+    """σ(Wz + u), in coordinates."""
+    return _in_coordinates(map.grid, sigma)(map.apply(z) + u)
+
+
 class _Equilibrium(torch.autograd.Function):
     """z(W, u) with the implicit function theorem as its derivative.
 
     dz = (I − DW)⁻¹ D (dW z + du), D = σ′(Wz + u). For g = ∂ℓ/∂z the adjoint p = D(W′p + g) is an equilibrium of the same
     form, monotone in the metric Λ⁻¹, solved by the same solver; ∂ℓ/∂u = p, ∂ℓ/∂W = Σ_b p_b z_b′. Only z is kept.
+
+    On a grid a derivative by coordinates is weight · rfft2 of the derivative by pixels (`Grid.weights`): g is divided by
+    the weights before the solve, and p multiplied by them after it.
     """
 
     @staticmethod
@@ -267,10 +346,13 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor, None, None, None, None]:
         z, u = ctx.saved_tensors
         (g,) = grad_outputs
+        grid: Grid = ctx.map.grid
         with torch.no_grad():
-            D = ctx.sigma.slope(ctx.map.apply(z) + u)
-            p = solve(ctx.map.adjoint, _Slopes(D), g, ctx.options, f"the adjoint of {ctx.where}").value
-            dW = p.mT @ z if ctx.needs_input_grad[0] else None
+            v, sigma = ctx.map.apply(z) + u, _in_coordinates(grid, ctx.sigma)
+            slopes = sigma.slopes(v) if isinstance(sigma, _OnPixels) else _Slopes(sigma.slope(v))
+            weights = grid.weights(z)
+            p = solve(ctx.map.adjoint, slopes, g / weights, ctx.options, f"the adjoint of {ctx.where}").value * weights
+            dW = grid.columns(p) @ grid.columns(z).mH if ctx.needs_input_grad[0] else None
         if torch.is_grad_enabled():  # create_graph=True: D and the adjoint depend on W and u, which is not followed
             p = _Final.apply(p, z, u, g)
             dW = None if dW is None else _Final.apply(dW, z, u, g)
@@ -301,7 +383,7 @@ def equilibrium(
 ) -> Tensor:
     """The equilibrium z = σ(Wz + u) as a differentiable function of W (n, n) and u (B, n); returns z (B, n).
 
-    ``map``: a `StateMap` of the same W, to reuse its factorisations; built when None. The backward pass is one adjoint
+    On the grid of ``map`` W is (F, n, n), u and z are coordinates (B, n, F). ``map``: a `StateMap` of the same W, to reuse its factorisations; built when None. The backward pass is one adjoint
     solve, so memory does not depend on the number of steps; second derivatives are not available and raise.
     Raises `NotConvergedError` (forward or adjoint) and `ShapeError`.
     """
@@ -309,7 +391,8 @@ def equilibrium(
 
 
 def evaluate(dae: DAE, x: Tensor) -> Tensor:
-    """y = Gz + b_y with z = σ(Wz + Ux + b_z), float64, differentiable in x (B, p) → (B, q)."""
-    map = StateMap(dae.W, Lambda=dae.Lambda)
-    z = equilibrium(dae.W, x @ dae.U.mT + dae.bias_z, dae.sigma, map, where=f"the equilibrium of {dae.name!r}")
-    return z @ dae.G.mT + dae.bias_y
+    """y = Gz + b_y with z = σ(Wz + Ux + b_z), float64, differentiable in x (B, p) → (B, q); images on the DAE's grid."""
+    map = StateMap(dae.W, Lambda=dae.Lambda, grid=dae.grid)
+    u = dae.grid.affine(dae.U, dae.grid.coordinates(x), dae.bias_z)
+    z = equilibrium(dae.W, u, dae.sigma, map, where=f"the equilibrium of {dae.name!r}")
+    return dae.grid.values(dae.grid.affine(dae.G, z, dae.bias_y))

@@ -1,4 +1,4 @@
-"""Modules that are kept as they are beside the LBEN stages, each affine with a known l2 Lipschitz constant.
+"""Modules that are kept as they are beside the LBEN stages, each with a known l2 Lipschitz constant.
 
 All act on a batch: the first dimension is the sample.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .activations import activation_of, is_activation
+from .activations import MaxMin, activation_of, is_activation
 from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
 
 
@@ -127,6 +127,10 @@ KNOWN: dict[type[nn.Module], tuple[str, ...]] = {
     PadChannels: ("channels",),
     FirstFeatures: ("features",),
     MeanPool: ("kernel_size",),
+    nn.AvgPool2d: ("kernel_size", "divisor_override"),
+    nn.PixelUnshuffle: ("downscale_factor",),
+    nn.PixelShuffle: ("upscale_factor",),
+    MaxMin: (),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Unflatten: ("dim", "unflattened_size"),
     nn.Identity: (),
@@ -136,13 +140,25 @@ KNOWN: dict[type[nn.Module], tuple[str, ...]] = {
 def core_lipschitz(module: nn.Module) -> float | None:
     """The Lipschitz constant of glue the core knows, from its values as they are; None for any other module.
 
-    Activations count as glue where they stand on images; those with slopes outside [0, 1] raise
-    `UnsupportedActivationError`.
+    Activations count as glue where no layer stands beside them; those with slopes outside [0, 1] raise
+    `UnsupportedActivationError`. ``AvgPool2d`` with windows that do not overlap: √(kh·kw)/divisor.
     """
     if is_activation(module):
         activation_of(module)
         return 1.0
+    if type(module) is nn.AvgPool2d:
+        return _pooling_lipschitz(module)
     return float(getattr(module, "lipschitz", 1.0)) if type(module) in KNOWN else None
+
+
+def _pooling_lipschitz(pool: nn.AvgPool2d) -> float | None:
+    def pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    kh, kw = pair(pool.kernel_size)
+    if pair(pool.stride) != (kh, kw) or pair(pool.padding) != (0, 0) or pool.ceil_mode:
+        return None  # overlapping windows count a pixel more than once
+    return (kh * kw) ** 0.5 / float(pool.divisor_override or kh * kw)
 
 
 def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = "") -> tuple[Tensor, Tensor]:

@@ -31,10 +31,15 @@ class PluginInfo:
 
 
 @hookspec
-def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None) -> DAE | tuple[Tensor, ...] | None:  # type: ignore[empty-body]
+def to_dae(  # type: ignore[empty-body]
+    model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool
+) -> DAE | tuple[Tensor, ...] | None:
     """(W, U, G, Λ) of one layer or one model, or None: not mine. A tuple means zero biases, ReLU everywhere, L = 1.
 
-    The model is float64 and in eval mode. ``input_shape``: of one sample, where known.
+    The model is float64 and in eval mode. ``input_shape``: of one sample, where known. A circular convolution on images
+    returns a DAE on their grid; one with stride s a DAE on the coarse grid, for inputs after ``pixel_unshuffle(x, s)``.
+    ``dense``: a DAE on flattened images is welcome, for layers that have no other (zero padding). Grids are expanded by the
+    core, so most plugins need not look at it.
     """
 
 

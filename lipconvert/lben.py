@@ -15,24 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .activations import Activation, Activations, activation_of
 from .construction import assemble, construct
 from .dae import DAE
-from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, solve
+from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, one_step, solve
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
-from .spectrum import require_finite
+from .spectrum import Grid, require_finite
 from .state_map import ErrorBound, StateMap, triangular_blocks
 
 
 @dataclass
 class _Assembled:
-    """What inference reuses while the parameters stay: W, the rows of U that hold anything and whether they are I (as for
-    every residual network), the error bound once asked."""
+    """What inference reuses while the parameters stay: W, U and G as matrices, the rows of U that hold anything and whether
+    they are I (as for every residual network), the error bound once asked."""
 
     key: tuple[object, ...]
     map: StateMap
+    U: Tensor
+    G: Tensor
     driven: slice
     copies: bool
     bound: ErrorBound | None = None
@@ -42,12 +43,14 @@ class LBEN(nn.Module):
     """An L-Lipschitz equilibrium network x (..., p) → y (..., q) with n states, trainable without constraints.
 
     ``LBEN(p, n, q)`` starts from random weights (the paper's baseline); ``LBEN.from_dae(dae)`` from a converted network.
+    ``image=(h, w)``: a network of circular convolutions, x (B, p, h, w) → y (B, q, h, w) with n channels of states.
     ``lipschitz``: L. ``epsilon``: ε ≥ 0; with ε > 0 it is well-posed for all parameters (H ≻ 0, Proposition 2.2), with
     ε = 0 only as long as (3) holds (`lipconvert.check`). ``activation``: one for all states, or `Activations`.
     ``blocks``: sizes of the groups of states that substitution and sweeps go by, one group by default. ``options``: how its
     equilibria are solved.
 
-    Parameters: log_psi (n,), G (q, n), U (n, p), V (n, n), S (n, n), b_z (n,), b_y (q,).
+    Parameters: log_psi (n,), G (q, n), U (n, p), V (n, n), S (n, n), b_z (n,), b_y (q,). With an image G, U, V and S are
+    real kernels of its size, G (q, n, h, w) and so on (`Grid.kernels`): every value of them is an L-Lipschitz network.
     Forward raises `ShapeError` for inputs that do not fit and `NotConvergedError`.
     """
 
@@ -63,6 +66,7 @@ class LBEN(nn.Module):
         blocks: Sequence[int] | None = None,
         options: SolverOptions = DEFAULT,
         name: str = "lben",
+        image: Sequence[int] = (),
     ) -> None:
         super().__init__()
         for label, size in (("in_features", in_features), ("states", states), ("out_features", out_features)):
@@ -81,12 +85,13 @@ class LBEN(nn.Module):
         self.lipschitz, self.epsilon = float(lipschitz), float(epsilon)
         self.options, self.name = options, name
         self.blocks = _blocks((states,) if blocks is None else blocks, states)
-        self.input_shape = (in_features,)
+        self.grid = Grid(tuple(image))
+        self.input_shape = (in_features, *self.grid.image)
         self.log_psi = nn.Parameter(torch.zeros(states))
-        self.G = nn.Parameter(torch.empty(out_features, states))
-        self.U = nn.Parameter(torch.empty(states, in_features))
-        self.V = nn.Parameter(torch.empty(states, states))
-        self.S = nn.Parameter(torch.empty(states, states))
+        self.G = nn.Parameter(torch.empty(out_features, states, *self.grid.image))
+        self.U = nn.Parameter(torch.empty(states, in_features, *self.grid.image))
+        self.V = nn.Parameter(torch.empty(states, states, *self.grid.image))
+        self.S = nn.Parameter(torch.empty(states, states, *self.grid.image))
         self.b_z = nn.Parameter(torch.zeros(states))
         self.b_y = nn.Parameter(torch.zeros(out_features))
         self._inference: _Assembled | None = None
@@ -95,7 +100,7 @@ class LBEN(nn.Module):
     def reset_parameters(self) -> None:
         """Random weights of size 1/√fan-in; Ψ = I, zero biases."""
         for weight in (self.G, self.U, self.V, self.S):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
         for bias in (self.log_psi, self.b_z, self.b_y):
             nn.init.zeros_(bias)
 
@@ -120,15 +125,17 @@ class LBEN(nn.Module):
             blocks=triangular_blocks(dae.W),
             options=options,
             name=dae.name,
+            image=dae.grid.image,
         ).to(device=dae.W.device, dtype=torch.float64)
         with torch.no_grad():
+            kernels = dae.grid.kernels
             self.V.zero_()
-            self.V[: len(P.V)] = P.V
+            self.V[: P.V.shape[-2]] = kernels(P.V)
             for parameter, value in (
                 (self.log_psi, P.Psi.log()),
-                (self.G, P.G),
-                (self.U, P.U),
-                (self.S, P.S),
+                (self.G, kernels(P.G)),
+                (self.U, kernels(P.U)),
+                (self.S, kernels(P.S)),
                 (self.b_z, dae.bias_z),
                 (self.b_y, dae.bias_y),
             ):
@@ -142,14 +149,19 @@ class LBEN(nn.Module):
 
     @property
     def W(self) -> Tensor:
-        """W (n, n) rebuilt from the parameters, differentiable. (paper eq. 2)"""
-        return assemble(self.Psi, self.G, self.U, self.V, self.S, self.epsilon, self.lipschitz)
+        """W (n, n), or (F, n, n), rebuilt from the parameters, differentiable. (paper eq. 2)"""
+        return self.matrices()[0]
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(W, U, G) as matrices, for each frequency with an image; differentiable."""
+        G, U, V, S = (self.grid.matrices(p) for p in (self.G, self.U, self.V, self.S))
+        return assemble(self.Psi, G, U, V, S, self.epsilon, self.lipschitz), U, G
 
     def dae(self) -> DAE:
         """The network as a DAE (float64, detached): W rebuilt in float64, Λ = Ψ⁻¹, V with V′V + εI = H/2 left out."""
         with torch.no_grad():
             Psi = self.log_psi.double().exp()
-            G, U, V, S = (p.double() for p in (self.G, self.U, self.V, self.S))
+            G, U, V, S = (self.grid.matrices(p.double()) for p in (self.G, self.U, self.V, self.S))
             W = assemble(Psi, G, U, V, S, self.epsilon, self.lipschitz)
         return DAE(
             W,
@@ -162,6 +174,7 @@ class LBEN(nn.Module):
             self.lipschitz,
             blocks=self.blocks,
             name=self.name,
+            grid=self.grid,
         )
 
     def state_map(self) -> StateMap:
@@ -202,44 +215,48 @@ class LBEN(nn.Module):
         )
         if self._inference is None or self._inference.key != key:
             with torch.no_grad():
-                map = StateMap(self.W, self.blocks, self.Psi.reciprocal())
-                driven = (self.U != 0).any(1).nonzero().flatten()
+                W, U, G = self.matrices()
+                map = StateMap(W, self.blocks, self.Psi.reciprocal(), grid=self.grid)
+                driven = (self.U != 0).flatten(1).any(1).nonzero().flatten()
             rows = slice(int(driven[0]), int(driven[-1]) + 1) if len(driven) else slice(0, 0)
             n, p = rows.stop - rows.start, self.U.shape[1]
-            copies = n == p and bool(torch.equal(self.U[rows], torch.eye(p, dtype=self.U.dtype, device=self.U.device)))
-            self._inference = _Assembled(key, map, rows, copies)
+            U = U[..., rows, :]
+            copies = n == p and torch.equal(U, torch.eye(p, dtype=U.dtype, device=U.device).expand_as(U))
+            self._inference = _Assembled(key, map, U, G, rows, copies)
         return self._inference
 
     def drive(self, x: Tensor, assembled: _Assembled | None = None) -> Tensor:
-        """Ux + b_z without gradient; only the rows of U that hold anything are multiplied (B, p) → (B, n)."""
+        """Ux + b_z without gradient, in coordinates; only the rows of U that hold anything are multiplied.
+        (B, p, ...) → (B, n) or (B, n, F)."""
         assembled = assembled or self._assembled()
-        rows = assembled.driven
-        u = self.b_z.expand(len(x), -1).clone()
-        u[:, rows] += x if assembled.copies else x @ self.U[rows].mT
+        u, X = self.grid.constant(self.b_z, len(x)), self.grid.coordinates(x)
+        u[:, assembled.driven] += X if assembled.copies else self.grid.apply(assembled.U, X)
         return u
 
     def _flat(self, x: Tensor) -> Tensor:
-        if x.dim() < 1 or x.shape[-1] != self.U.shape[1]:
-            raise ShapeError(f"the input of {self.name!r}", f"(..., {self.U.shape[1]})", tuple(x.shape))
-        return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        expected = self.input_shape
+        if x.dim() < len(expected) or tuple(x.shape[-len(expected) :]) != expected:
+            sizes = ", ".join(map(str, ("...", *expected)))
+            raise ShapeError(f"the input of {self.name!r}", f"({sizes})", tuple(x.shape))
+        return x.reshape(x.shape[: x.dim() - len(expected)].numel(), *expected)
 
     @property
     def _where(self) -> str:
         return f"the equilibrium of stage {self.name!r}"
 
     def solve(self, x: Tensor, options: SolverOptions | None = None) -> Solution:
-        """The states z (B, n) of a batch x (B, p), with status, residual and steps per sample; no gradient."""
+        """The states z of a batch x (B, p, ...), in coordinates, with status, residual and steps per sample; no gradient."""
         with torch.no_grad():
             assembled = self._assembled()
             u = self.drive(self._flat(x), assembled)
             return solve(assembled.map, self.sigma, u, options or self.options, self._where)
 
-    def readout(self, z: Tensor) -> Tensor:  # (B, n) -> (B, q)
-        """y = Gz + b_y."""
-        return functional.linear(z, self.G, self.b_y)
+    def readout(self, z: Tensor) -> Tensor:
+        """y = Gz + b_y for states in coordinates, without gradient to G: (B, n) → (B, q), or (B, n, F) → (B, q, h, w)."""
+        return self.grid.values(self.grid.affine(self._assembled().G, z, self.b_y))
 
     def output(self, x: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
-        """y = Gs + b_y (B, q) at s = σ(Wz + u), one evaluation after a solve of the batch x (B, p), and a bound of
+        """y = Gs + b_y (B, q, ...) at s = σ(Wz + u), one evaluation after a solve of the batch x (B, p, ...), and a bound of
         ‖G(s − z*)‖ (B,), float64, z* the exact equilibrium (`StateMap.error_bound`); round-off is not included.
 
         Raises `NoCertificateError` when no metric at hand makes I − W strongly monotone and ρ(|W|) ≥ 1.
@@ -247,9 +264,9 @@ class LBEN(nn.Module):
         with torch.no_grad():
             assembled = self._assembled()
             map, z, u = assembled.map, solution.value, self.drive(self._flat(x), assembled)
-            s = self.sigma(map.apply(z) + u)
+            s = one_step(map, self.sigma, z, u)
             if assembled.bound is None:
-                assembled.bound = map.error_bound(self.G, self.lipschitz)
+                assembled.bound = map.error_bound(assembled.G, self.lipschitz)
             if not assembled.bound:
                 raise NoCertificateError(
                     self.name,
@@ -258,22 +275,22 @@ class LBEN(nn.Module):
                 )
             return self.readout(s), assembled.bound(map.apply(z - s))
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., p) -> (..., q)
-        """y = Gz + b_y."""
+    def forward(self, x: Tensor) -> Tensor:
+        """y = Gz + b_y: (..., p) → (..., q), or (..., p, h, w) → (..., q, h, w)."""
         flat = self._flat(x)
-        weights = (self.log_psi, self.G, self.U, self.V, self.S)
         if not torch.is_grad_enabled():
-            z = self.solve(flat).value
+            y = self.readout(self.solve(flat).value)
         else:
-            u = functional.linear(flat, self.U, self.b_z)
-            if any(p.requires_grad for p in weights):
-                W = self.W
-                map = StateMap(W, self.blocks, self.Psi.detach().reciprocal())
+            if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
+                W, U, G = self.matrices()
+                map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid)
             else:
-                map = self.state_map()
+                map, U, G = self.state_map(), self.grid.matrices(self.U), self._assembled().G
                 W = map.W
+            u = self.grid.affine(U, self.grid.coordinates(flat), self.b_z)
             z = equilibrium(W, u, self.sigma, map, self.options, self._where)
-        return self.readout(z).reshape(*x.shape[:-1], len(self.b_y))
+            y = self.grid.values(self.grid.affine(G, z, self.b_y))
+        return y.reshape(*x.shape[: x.dim() - len(self.input_shape)], *y.shape[1:])
 
     def get_extra_state(self) -> dict[str, Any]:
         """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""
@@ -298,7 +315,8 @@ class LBEN(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.U.shape[1]} inputs, {len(self.b_z)} states, {len(self.b_y)} outputs, "
-            f"L={self.lipschitz:g}, epsilon={self.epsilon:g}, {self.sigma!r}"
+            + (f"{self.grid.image[0]}x{self.grid.image[1]} pixels, " if self.grid else "")
+            +             f"L={self.lipschitz:g}, epsilon={self.epsilon:g}, {self.sigma!r}"
         )
 
 

@@ -160,6 +160,7 @@ class Network(nn.Module):
                         inputs=step.U.shape[1],
                         states=len(step.b_z),
                         outputs=len(step.b_y),
+                        image=list(step.grid.image),
                         blocks=list(step.blocks),
                         activations=", ".join(f"{activation} x {size}" for activation, size in step.sigma),
                         epsilon=step.epsilon,

@@ -165,13 +165,18 @@ class Registry:
         return claims[0] if claims else None
 
     def to_dae(
-        self, model: nn.Module, input_shape: tuple[int, ...] | None = None, plugin: str | None = None, path: str = ""
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...] | None = None,
+        plugin: str | None = None,
+        path: str = "",
+        dense: bool = False,
     ) -> tuple[str, DAE] | None:
         """(plugin, DAE) of the one plugin that claims a module, None if none does; ``plugin`` has the first word.
 
         Raises `AmbiguousModelError` for two claims, `PluginError` for an answer that is neither a DAE nor (W, U, G, Λ).
         """
-        claim = self._claim("to_dae", plugin, path, model=model, input_shape=input_shape)
+        claim = self._claim("to_dae", plugin, path, model=model, input_shape=input_shape, dense=dense)
         if claim is None:
             return None
         name, answer = claim

@@ -81,6 +81,7 @@ class StageInfo(_Document):
     inputs: int | None = None
     states: int | None = None
     outputs: int | None = None
+    image: list[int] = Field(default=[])
     blocks: list[int] = Field(default=[])
     activations: str = ""
     epsilon: float | None = None
@@ -146,6 +147,7 @@ class StageEntry(_Document):
     epsilon: float = Field(ge=0.0)
     activations: list[tuple[str, int]]
     blocks: list[int]
+    image: list[int] = Field(default=[])
 
 
 class Manifest(_Document):

@@ -1,15 +1,237 @@
-"""Linear algebra of (..., rows, cols) matrices, ′ being the conjugate transpose (``.mH``).
+"""Linear algebra of (..., rows, cols) matrices, ′ being the conjugate transpose (``.mH``), and where they come from.
 
-A dense matrix has no leading dimension. Every function broadcasts over leading dimensions, so a batch of
-per-frequency matrices (F, rows, cols) goes through the same lines. All of it runs in the dtype it is given.
+A dense matrix has no leading dimension. A circular convolution on h×w images is a batch of F = h (⌊w/2⌋ + 1) complex
+matrices, one for each frequency of the real transform ``rfft2`` (`Grid`; FORMULAS 4). Every function here, and every
+formula of the core, broadcasts over leading dimensions, so both go through the same lines.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .errors import NotFiniteError, NotPSDError
+from .errors import NotFiniteError, NotPSDError, ShapeError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where states live: on the h×w pixels of a circular image, ``Grid((h, w))``, or nowhere, ``Grid()``: a dense network.
+
+    *Pixels* are what a module sees, (B, n, h, w) real; *coordinates* are those in which W is block diagonal: the half
+    spectrum (B, n, F) complex of ``rfft2`` without normalisation. Dense pixels and coordinates are both (B, n). A circular
+    operator is stored as ``matrices`` (F, rows, cols), or as real ``kernels`` (rows, cols, h, w) in torch's orientation with
+    tap (a, b) at offset (a, b) modulo (h, w):
+
+        y_i[s, t] = Σ_j Σ_ab K_ij[a, b] x_j[s + a, t + b],   K̂(ω) = conj(rfft2(K))                             (FORMULAS 4)
+
+    Coordinates lie in memory as (F, n, B), so that applying an operator is one batched product; what is not is copied.
+    """
+
+    image: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", tuple(int(size) for size in self.image))
+        if len(self.image) not in (0, 2) or any(size < 1 for size in self.image):
+            raise ShapeError("the image of a Grid", "(h, w) or ()", self.image)
+
+    def __bool__(self) -> bool:
+        """Whether there are pixels."""
+        return bool(self.image)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions of a matrix: (F,), or () for a dense one."""
+        return (self.image[0] * self._half,) if self.image else ()
+
+    @property
+    def pixels(self) -> int:
+        """h·w, 1 for a dense one."""
+        return self.image[0] * self.image[1] if self.image else 1
+
+    @property
+    def _half(self) -> int:
+        return self.image[1] // 2 + 1
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        h, w = self.image
+        column = torch.full((self._half,), 2.0, dtype=torch.float64)
+        column[0] = 1.0
+        if w % 2 == 0:
+            column[-1] = 1.0
+        return column.repeat(h) / (h * w)
+
+    def weights(self, like: Tensor) -> Tensor:
+        """(F,) weights with Σ_pixels |x|² = Σ_F weight |X|²: 1/(hw) for kx = 0 and, if w is even, kx = w/2; else 2/(hw).
+
+        Real, on the device and in the precision of ``like``; 1 for a dense grid. (FORMULAS 4)
+        """
+        if not self.image:
+            return like.new_ones((), dtype=like.real.dtype)
+        return self._columns.to(like.device, like.real.dtype)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Pixels (B, n, h, w) → coordinates (B, n, F); a dense (B, n) stays as it is."""
+        if not self.image:
+            return x
+        return self.samples(torch.fft.rfft2(x).flatten(2).permute(2, 1, 0).contiguous())
+
+    def values(self, X: Tensor) -> Tensor:
+        """Coordinates (B, n, F) → pixels (B, n, h, w); a dense (B, n) stays as it is."""
+        if not self.image:
+            return X
+        spectrum = X.contiguous().reshape(*X.shape[:2], self.image[0], self._half)
+        return torch.fft.irfft2(spectrum, s=self.image)
+
+    def matrices(self, K: Tensor) -> Tensor:
+        """Kernels (rows, cols, h, w) → matrices (F, rows, cols), differentiable; a dense (rows, cols) stays as it is."""
+        if not self.image:
+            return K
+        if tuple(K.shape[2:]) != self.image:
+            raise ShapeError("a kernel", ("rows", "cols", *self.image), tuple(K.shape))
+        return torch.fft.rfft2(K).conj().flatten(2).permute(2, 0, 1).resolve_conj().contiguous()
+
+    def kernels(self, M: Tensor) -> Tensor:
+        """Matrices (F, rows, cols) → kernels (rows, cols, h, w); the inverse of `matrices`.
+
+        Real because the spectrum of a real kernel is symmetric; principal roots, Cayley transforms and products keep that.
+        """
+        if not self.image:
+            return M
+        spectrum = M.conj().permute(1, 2, 0).resolve_conj().contiguous()
+        return torch.fft.irfft2(spectrum.reshape(*M.shape[1:], self.image[0], self._half), s=self.image)
+
+    def convolution(self, weight: Tensor, origin: tuple[int, int] | None = None) -> Tensor:
+        """The matrices (F, out, in) of circular `conv2d_same` with a weight (out, in, k, k) of any size; (out, in) on Grid()."""
+        if not self.image:
+            return weight
+        return self.matrices(fold(weight, self.image, origin))
+
+    def columns(self, X: Tensor) -> Tensor:
+        """Coordinates (B, n, F) as columns (F, n, B), samples side by side as a batched product wants them; dense (n, B)."""
+        columns = X.permute(2, 1, 0) if self.image else X.mT
+        return columns if not self.image or columns.stride(2) == 1 else columns.contiguous()
+
+    def samples(self, columns: Tensor) -> Tensor:
+        """The inverse of `columns`, a view."""
+        return columns.permute(2, 1, 0) if self.image else columns.mT
+
+    def apply(self, M: Tensor, X: Tensor) -> Tensor:
+        """M (F, rows, cols) times coordinates X (B, cols, F) for each sample → (B, rows, F); dense: X M′."""
+        return self.samples(M @ self.columns(X)) if self.image else X @ M.mT
+
+    def affine(self, M: Tensor, X: Tensor, b: Tensor) -> Tensor:
+        """M X + b, b (rows,) the same in every pixel."""
+        if not self.image:
+            return functional.linear(X, M, b)
+        constant = functional.pad((self.pixels * b).to(M.dtype).reshape(1, -1, 1), (0, 0, 0, 0, 0, len(M) - 1))
+        return self.samples(torch.baddbmm(constant, M, self.columns(X)))
+
+    def apply_onto(self, u: Tensor, M: Tensor, X: Tensor) -> Tensor:
+        """M X + u, with u (B, rows[, F])."""
+        if not self.image:
+            return torch.addmm(u, X, M.mT)
+        return self.samples(torch.baddbmm(self.columns(u), M, self.columns(X)))
+
+    def constant(self, b: Tensor, count: int) -> Tensor:
+        """The coordinates of ``count`` images that are b (n,) in every pixel, (B, n[, F]), in memory of their own."""
+        if not self.image:
+            return b.expand(count, -1).clone()
+        dtype = torch.complex128 if b.dtype == torch.float64 else torch.complex64
+        spectrum = torch.zeros(*self.batch, len(b), count, dtype=dtype, device=b.device)
+        spectrum[0] = (self.pixels * b).unsqueeze(-1)
+        return self.samples(spectrum)
+
+    def norm(self, X: Tensor) -> Tensor:
+        """The l2 norm of each sample's pixels, from coordinates: (B, n[, F]) → (B,)."""
+        if not self.image:
+            return torch.linalg.vector_norm(X, dim=-1)
+        return torch.linalg.vector_norm(self.channel_norms(X), dim=-1)
+
+    def channel_norms(self, X: Tensor) -> Tensor:
+        """The l2 norm of each channel of each sample, from coordinates: (B, n[, F]) → (B, n)."""
+        if not self.image:
+            return X.abs()
+        power = torch.view_as_real(self.columns(X)).square().sum(-1)  # (F, n, B)
+        return torch.tensordot(self.weights(X), power, dims=1).sqrt().mT
+
+
+DENSE = Grid()
+
+
+def same_origin(weight: Tensor) -> tuple[int, int]:
+    """The tap that stays in place: (k − 1)//2 in each direction, as torch's ``padding="same"`` has it."""
+    return (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2
+
+
+def fold(weight: Tensor, image: tuple[int, ...], origin: tuple[int, int] | None = None) -> Tensor:
+    """A weight (out, in, k, k) as kernels (out, in, h, w): tap (a, b) goes to (a, b) − origin modulo (h, w), accumulated.
+
+    Taps that meet, on images smaller than the kernel, add up. ``origin`` defaults to `same_origin`. Differentiable.
+    """
+    (p, r), (h, w) = origin or same_origin(weight), image
+    rows = (torch.arange(weight.shape[2], device=weight.device) - p) % h
+    columns = (torch.arange(weight.shape[3], device=weight.device) - r) % w
+    place = (rows.unsqueeze(-1) * w + columns).flatten()
+    flat = weight.new_zeros(*weight.shape[:2], h * w).index_add(2, place, weight.flatten(2))
+    return flat.unflatten(2, (h, w))
+
+
+def conv2d_same(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    origin: tuple[int, int] | None = None,
+    padding_mode: str = "circular",
+) -> Tensor:
+    """torch's convolution with kernels of any size, (B, in, h, w) → (B, out, h/stride, w/stride).
+
+        y_i[s, t] = b_i + Σ_j Σ_ab weight_ij[a, b] x_j[stride·s + a − p, stride·t + b − r],  (p, r) = ``origin``
+
+    Pixels outside the image are taken modulo (h, w), or are 0 with ``padding_mode="zeros"``. ``origin`` defaults to
+    `same_origin`: then it is ``nn.Conv2d(padding="same", padding_mode=...)``, whose circular kernels end at about twice the
+    image. Raises `ShapeError` unless the stride divides h and w.
+    """
+    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+        raise ShapeError("the input of a convolution", f"(B, {weight.shape[1]}, h, w)", tuple(x.shape))
+    if x.shape[2] % stride or x.shape[3] % stride:
+        raise ShapeError("the input of a convolution", f"(B, c, h, w), h and w multiples of {stride}", tuple(x.shape))
+    p, r = origin or same_origin(weight)
+    if padding_mode == "circular" and (weight.shape[2] > x.shape[2] or weight.shape[3] > x.shape[3]):
+        weight, p, r = fold(weight, tuple(x.shape[2:]), (p, r)), 0, 0
+    kh, kw = weight.shape[2:]
+    mode = "constant" if padding_mode == "zeros" else padding_mode
+    return functional.conv2d(functional.pad(x, (r, kw - 1 - r, p, kh - 1 - p), mode=mode), weight, bias, stride)
+
+
+def conv2d_adjoint(x: Tensor, weight: Tensor, padding_mode: str = "circular") -> Tensor:
+    """The adjoint of `conv2d_same` with stride 1: (B, out, h, w) → (B, in, h, w), by the flipped, transposed kernel."""
+    p, r = same_origin(weight)
+    kh, kw = weight.shape[2:]
+    return conv2d_same(x, weight.flip(2, 3).transpose(0, 1), None, 1, (kh - 1 - p, kw - 1 - r), padding_mode)
+
+
+def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:
+    """The weight (out, in·stride², k′, k′) and origin of a strided convolution, on ``pixel_unshuffle(x, stride)``.
+
+        conv2d_same(x, weight, b, stride) = conv2d_same(pixel_unshuffle(x, stride), weight′, b, 1, origin′)
+
+    The polyphase form: on the coarse grid the strided layer is an ordinary convolution. (FORMULAS 4)
+    """
+    if stride == 1:
+        return weight, same_origin(weight)
+    pads, origin = [], []
+    for k, p in zip(weight.shape[2:], same_origin(weight), strict=True):
+        before = -p % stride  # the first tap moves to a multiple of the stride
+        pads.append((before, -(k + before) % stride))
+        origin.append((p + before) // stride)
+    padded = functional.pad(weight, (*pads[1], *pads[0]))
+    return functional.pixel_unshuffle(padded, stride), (origin[0], origin[1])
 
 
 def require_finite(tensor: Tensor, where: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidParameterError, ShapeError
-from .spectrum import spectral_norm
+from .spectrum import DENSE, Grid, least_eigenvalue, spectral_norm
 
 
 def triangular_blocks(W: Tensor) -> tuple[int, ...] | None:
@@ -45,26 +45,27 @@ class ErrorBound:
     """What d = W(z − s), s = σ(Wz + u), says of ‖G(s − z*)‖; built by `StateMap.error_bound`.
 
     ``metrics``: pairs (P^{1/2} (n,), c) with ‖G(s − z*)‖ ≤ c |d|_P. ``comparison``: |G|N (q, n) with
-    |G(s − z*)| ≤ |G|N |d| entry by entry, or None.
+    |G(s − z*)| ≤ |G|N |d| entry by entry, or None. On a ``grid`` |·| is the l2 norm of a channel.
     """
 
     metrics: tuple[tuple[Tensor, float], ...]
     comparison: Tensor | None
+    grid: Grid = DENSE
 
     def __bool__(self) -> bool:
         return bool(self.metrics) or self.comparison is not None
 
-    def __call__(self, d: Tensor) -> Tensor:  # (B, n) -> (B,)
+    def __call__(self, d: Tensor) -> Tensor:  # (B, n) or (B, n, F) -> (B,)
         """The smallest of the bounds, per sample, float64."""
-        d = d.double()
+        d = self.grid.channel_norms(d.to(torch.complex128 if d.is_complex() else torch.float64))
         bounds = [factor * torch.linalg.vector_norm(d * root, dim=-1) for root, factor in self.metrics]
         if self.comparison is not None:
-            bounds.append(torch.linalg.vector_norm(d.abs() @ self.comparison.mT, dim=-1))
+            bounds.append(torch.linalg.vector_norm(d @ self.comparison.mT, dim=-1))
         return torch.stack(bounds).amin(0)
 
 
 class StateMap:
-    """A dense W (n, n) with its block structure; states are rows of a batch, (B, n).
+    """A W with its block structure, (n, n), or (F, n, n) on a ``grid``; it acts on coordinates, (B, n) or (B, n, F).
 
     ``blocks``: sizes of the blocks that substitution and sweeps go by; by default those for which W is exactly strictly
     lower triangular, else one block. ``Lambda`` (n,): a diagonal metric in which I − W is monotone, for step sizes and
@@ -78,12 +79,14 @@ class StateMap:
         blocks: tuple[int, ...] | None = None,
         Lambda: Tensor | None = None,
         *,
+        grid: Grid = DENSE,
         reverse: bool = False,
     ) -> None:
-        if W.dim() != 2 or W.shape[0] != W.shape[1]:
-            raise ShapeError("W", "(n, n)", tuple(W.shape))
+        if W.dim() < 2 or W.shape != (*grid.batch, W.shape[-1], W.shape[-1]):
+            raise ShapeError("W", (*grid.batch, "n", "n"), tuple(W.shape))
         self.W = W.detach()
-        self.states = W.shape[0]
+        self.grid = grid
+        self.states = W.shape[-1]
         self.blocks = blocks or triangular_blocks(self.W) or (self.states,)
         if sum(self.blocks) != self.states:
             raise ShapeError("blocks", f"sizes that add up to {self.states}", self.blocks)
@@ -101,15 +104,19 @@ class StateMap:
     def adjoint(self) -> StateMap:
         """p → W′p, monotone in the metric Λ⁻¹, evaluated backwards."""
         metric = None if self.Lambda is None else self.Lambda.reciprocal()
-        return StateMap(self.W.mT, self.blocks, metric, reverse=not self.reverse)
+        return StateMap(self.W.mH.resolve_conj(), self.blocks, metric, grid=self.grid, reverse=not self.reverse)
+
+    def norm(self, z: Tensor) -> Tensor:  # (B, n) or (B, n, F) -> (B,)
+        """The l2 norm of each sample (of its pixels, on a grid)."""
+        return self.grid.norm(z)
 
     def apply(self, z: Tensor) -> Tensor:  # (B, n) -> (B, n)
         """W z for each sample."""
-        return z @ self.W.mT
+        return self.grid.apply(self.W, z)
 
-    def rows(self, block: slice, z: Tensor) -> Tensor:  # (B, n) -> (B, size of block)
-        """The rows of one block of W z."""
-        return z @ self.W[block].mT
+    def rows(self, block: slice, z: Tensor, u: Tensor) -> Tensor:  # (B, n), (B, n) -> (B, size of block)
+        """The rows of one block of W z + u."""
+        return self.grid.apply_onto(u[:, block], self.W[..., block, :], z)
 
     @cached_property
     def _windows(self) -> dict[int, slice]:
@@ -119,10 +126,11 @@ class StateMap:
         predecessor) and counted in ``remainder``.
         """
         windows = {}
-        floor = 8.0 * torch.finfo(self.W.dtype).eps * float(self.W.abs().amax()) if self.states else 0.0
+        size = self._size
+        floor = 8.0 * torch.finfo(self.W.dtype).eps * float(size.amax()) if self.states else 0.0
         for block in self._slices:
             before = slice(block.stop, self.states) if self.reverse else slice(0, block.start)
-            significant = (self.W[block, before].abs() > floor).any(0).nonzero().flatten()
+            significant = (size[block, before] > floor).any(0).nonzero().flatten()
             if significant.numel() == 0:
                 windows[block.start] = slice(before.start, before.start)
             elif self.reverse:
@@ -131,10 +139,17 @@ class StateMap:
                 windows[block.start] = slice(before.start + int(significant[0]), before.stop)
         return windows
 
+    @property
+    def _size(self) -> Tensor:
+        """|W| (n, n): the largest over the frequencies, so that |(Wz)_i| ≤ Σ_j |W|_ij |z_j| for l2 norms of channels."""
+        return self.W.abs().amax(0) if self.grid else self.W.abs()
+
     def rows_below(self, block: slice, z: Tensor, u: Tensor) -> Tensor:  # (B, n), (B, n) -> (B, size of block)
         """The rows of one block of T z + u, T the strictly triangular part: only states evaluated before are read."""
         window = self._windows[block.start]
-        return torch.addmm(u[:, block], z[:, window], self.W[block, window].mT)
+        if window.start == window.stop:
+            return u[:, block]
+        return self.grid.apply_onto(u[:, block], self.W[..., block, window], z[:, window])
 
     @cached_property
     def remainder(self) -> float:
@@ -146,29 +161,31 @@ class StateMap:
             return 0.0
         E = self.W.clone()
         for block in self._slices:
-            E[block, self._windows[block.start]] = 0.0
-        frobenius = float(torch.linalg.matrix_norm(E))
+            E[..., block, self._windows[block.start]] = 0.0
+        frobenius = float(torch.linalg.matrix_norm(E).amax())
         if not 0.0 < frobenius < 1e-3:
             return frobenius
         E = E / frobenius
-        gram = E @ E.mT
-        return frobenius * min(1.0, float(torch.linalg.matrix_norm(gram @ gram)) ** 0.25)
+        gram = E @ E.mH
+        return frobenius * min(1.0, float(torch.linalg.matrix_norm(gram @ gram).amax()) ** 0.25)
 
     def resolvent(self, v: Tensor, alpha: float) -> Tensor:  # (B, n) -> (B, n)
         """(I + α(I − W))⁻¹ v for each sample, through one LU factorisation per α."""
         LU, pivots = self._factor(alpha)
-        return torch.linalg.lu_solve(LU, pivots, v.mT).mT
+        return self.grid.samples(torch.linalg.lu_solve(LU, pivots, self.grid.columns(v)))
 
     def newton_step(self, D: Tensor, r: Tensor) -> Tensor:  # (B, n), (B, n) -> (B, n)
-        """(I − DW)⁻¹ r for each sample, D its slopes; infinite where the matrix is singular."""
-        eye = torch.eye(self.states, dtype=self.W.dtype, device=self.W.device)
-        return torch.linalg.solve_ex(eye - D.unsqueeze(-1) * self.W, r.unsqueeze(-1))[0].squeeze(-1)
+        """(I − DW)⁻¹ r for each sample, D its slopes; infinite where the matrix is singular. Not on a grid: there D, which
+        differs from pixel to pixel, couples the frequencies."""
+        return torch.linalg.solve_ex(self._eye() - D.unsqueeze(-1) * self.W, r.unsqueeze(-1))[0].squeeze(-1)
+
+    def _eye(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.eye(self.states, dtype=dtype or self.W.dtype, device=self.W.device)
 
     def _factor(self, alpha: float) -> tuple[Tensor, Tensor]:
         if alpha not in self._factors:
-            eye = torch.eye(self.states, dtype=self.W.dtype, device=self.W.device)
             # Without the check: a singular matrix gives infinite states, and the solve reports that it diverged.
-            LU, pivots, _ = torch.linalg.lu_factor_ex((1.0 + alpha) * eye - alpha * self.W)
+            LU, pivots, _ = torch.linalg.lu_factor_ex((1.0 + alpha) * self._eye() - alpha * self.W)
             self._factors[alpha] = (LU, pivots)
         return self._factors[alpha]
 
@@ -185,15 +202,15 @@ class StateMap:
         if self.Lambda is None:
             raise InvalidParameterError("Lambda", None, "a diagonal metric is needed to know how monotone I - W is")
         mu, A = self._monotone_in(self.Lambda.double())
-        return mu, float(torch.linalg.matrix_norm(A, 2))
+        return mu, float(torch.linalg.matrix_norm(A, 2).amax())
 
     def _monotone_in(self, P: Tensor) -> tuple[float, Tensor]:
-        """μ in the metric P (n,) > 0, and I − W in the gauge P = I, both float64."""
-        root, W = P.sqrt(), self.W.double()
-        A = torch.eye(self.states, dtype=W.dtype, device=W.device) - root.unsqueeze(-1) * W / root
+        """μ in the metric P (n,) > 0, and I − W in the gauge P = I, both in double precision."""
+        root, W = P.sqrt(), self.W.to(torch.complex128 if self.grid else torch.float64)
+        A = self._eye(W.dtype) - root.unsqueeze(-1) * W / root
         # what LAPACK's least eigenvalue may be off
-        allowance = 8.0 * self.states * torch.finfo(A.dtype).eps * float(torch.linalg.matrix_norm(A))
-        return float(torch.linalg.eigvalsh(0.5 * (A + A.mT))[0]) - allowance, A
+        allowance = 8.0 * self.states * torch.finfo(A.dtype).eps * float(torch.linalg.matrix_norm(A).amax())
+        return least_eigenvalue(A) - allowance, A
 
     @property
     def _metrics(self) -> list[Tensor]:
@@ -215,16 +232,17 @@ class StateMap:
 
         For every diagonal metric P with X(P) ⪰ 2μP, μ > 0: |s − z*|_P ≤ |d|_P/μ (FORMULAS f1), so c = ‖GP^{-1/2}‖/μ; in the
         metric Λ, for which (10) holds with L = ``lipschitz``, c = √(2L/μ) too (FORMULAS f4). `comparison` covers the rest.
+        ``G`` (q, n), or (F, q, n) on a grid.
         """
-        G = G.detach().double()
+        G = G.detach().to(torch.complex128 if self.grid else torch.float64)
         metrics = []
         for k, P in enumerate(self._metrics):
             mu, _ = self._monotone_in(P)
             if mu > 0.0:
                 factor = float(spectral_norm(G * P.rsqrt())) / mu
                 metrics.append((P.sqrt(), min(factor, (2.0 * lipschitz / mu) ** 0.5) if k == 0 else factor))
-        N = self.comparison
-        return ErrorBound(tuple(metrics), None if N is None else G.abs() @ N)
+        N, size = self.comparison, G.abs().amax(0) if self.grid else G.abs()
+        return ErrorBound(tuple(metrics), None if N is None else size @ N, self.grid)
 
     @cached_property
     def splitting_steps(self) -> tuple[float, float]:
@@ -243,35 +261,39 @@ class StateMap:
         return fast, min(fast, 1.0 / ell)
 
     def _estimated_in(self, P: Tensor) -> tuple[float, float]:
-        """(μ, ℓ) in the metric P by power iterations: estimates, for step sizes only."""
-        root = P.to(self.W).sqrt()
+        """(μ, ℓ) in the metric P by power iterations, on all frequencies at once: estimates, for step sizes only."""
+        root = P.sqrt().to(self.W).unsqueeze(-1)
+        W, adjoint = self.W, self.adjoint.W
 
         def A(v: Tensor) -> Tensor:
-            return v - root * (self.W @ (v / root))
+            return v - root * (W @ (v / root))
 
         def A_adjoint(v: Tensor) -> Tensor:
-            return v - (self.W.mT @ (v * root)) / root
+            return v - (adjoint @ (v * root)) / root
 
-        start = torch.cos(torch.arange(self.states, dtype=self.W.dtype, device=self.W.device) ** 2)
-        v = start
+        def size(v: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+
+        start = torch.cos(torch.arange(self.states, device=W.device, dtype=torch.float64) ** 2)
+        v = start = start.to(W).unsqueeze(-1).expand(*self.grid.batch, -1, -1)
         for _ in range(12):
-            v = A_adjoint(A(v / torch.linalg.vector_norm(v)))
-        ell = float(torch.linalg.vector_norm(v)) ** 0.5
+            v = A_adjoint(A(v / size(v)))
+        ell = float(size(v).amax()) ** 0.5
         v = start
         for _ in range(36):  # the smallest eigenvalue of (A + A′)/2 as the largest of ℓI − (A + A′)/2
-            v = v / torch.linalg.vector_norm(v)
+            v = v / size(v)
             v = ell * v - 0.5 * (A(v) + A_adjoint(v))
-        return ell - float(torch.linalg.vector_norm(v)), ell
+        return ell - float(size(v).amax()), ell
 
     @cached_property
     def comparison(self) -> Tensor | None:
         """N = (I − |W|)⁻¹ ≥ 0 (n, n), float64, if the spectral radius of |W| is below 1, else None.
 
         Then z = σ(Wz + u) is well-posed, and |σ(Wz + u) − z*| ≤ N |W| |z − σ(Wz + u)| entry by entry. It covers every
-        triangular W, also where no metric gives μ > 0.
+        triangular W, also where no metric gives μ > 0. On a grid |W|_ij is the largest over the frequencies and |z_j| the
+        l2 norm of a channel: ‖K * z_j‖ ≤ max|K̂| ‖z_j‖, and σ does not increase the norm of a channel's difference.
         """
-        size = self.W.double().abs()
-        eye = torch.eye(self.states, dtype=size.dtype, device=size.device)
+        size, eye = self._size.double(), self._eye(torch.float64)
         LU, pivots, singular = torch.linalg.lu_factor_ex(eye - size)
         if int(singular):
             return None

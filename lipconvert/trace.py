@@ -1,8 +1,8 @@
 """Walk a model, ask the registry about each module, and group what becomes one stage.
 
 A module is asked about from the outside in: first every plugin, then the core, which knows activations, affine layers
-(``nn.Linear``) and glue; an ``nn.Sequential`` that nobody claims is entered. Neighbouring layers of one plugin become
-one LBEN stage, with the activations and affine layers between and beside them; glue stays as it is.
+(``nn.Linear``, ``nn.Conv2d``) and glue; an ``nn.Sequential`` that nobody claims is entered. Neighbouring layers of one
+plugin become one LBEN stage, with the activations and affine layers between and beside them; glue stays as it is.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .activations import activation_of, is_activation
-from .compose import affine, compose, elementwise, eliminate
+from .activations import MaxMin, activation_of, is_activation
+from .compose import affine, coarsen, compose, densify, elementwise, eliminate, max_min
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
-from .glue import core_lipschitz
+from .glue import KNOWN, Normalize, PadChannels, affine_image, core_lipschitz
 from .network import Network
 from .registry import registry
-from .spectrum import require_finite
+from .spectrum import Grid, require_finite, same_origin, strided_weight
 
 CORE = "core"
 
@@ -42,7 +43,8 @@ def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
 @dataclass(frozen=True)
 class Step:
     """One module of the source in order: its path, the shape it is given, and either its DAE with the plugin it comes from
-    (``CORE`` for activations and affine layers) or, as glue, its Lipschitz constant."""
+    (``CORE`` for activations and affine layers) or, as glue, its Lipschitz constant. A strided layer is two of them:
+    ``PixelUnshuffle`` as glue, and a DAE on the coarse grid."""
 
     path: str
     module: nn.Module
@@ -52,10 +54,13 @@ class Step:
     lipschitz: float
 
 
-def trace(model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None) -> list[Step]:
+def trace(
+    model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None, dense: bool = False
+) -> list[Step]:
     """The steps of a model, in float64; the model itself is not touched.
 
     ``input_shape`` of one sample; by default the model's own attribute ``input_shape``, or what its first layer says.
+    ``dense``: layers on images are stated on flattened ones, which takes small images but any padding.
     Raises `UnsupportedModuleError`, `UnsupportedActivationError`, `AmbiguousModelError`, `NotFiniteError`, `NotPSDError`
     (a layer that is not as Lipschitz as its architecture promises) and `ShapeError`, each naming the layer.
     """
@@ -68,8 +73,8 @@ def trace(model: nn.Module, input_shape: Iterable[int] | None = None, plugin: st
         if tensor.is_floating_point() or tensor.is_complex():
             require_finite(tensor, f"parameter {name!r}")
     shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
-    walker = _Walker(None if shape is None else _sizes(shape), plugin)
-    steps = list(walker.walk(model, ""))
+    walker = _Walker(None if shape is None else _sizes(shape), plugin, dense)
+    steps = _without_detours(list(walker.walk(model, "")))
     if not steps:
         raise UnsupportedModuleError("", type(model).__name__, "there is nothing in it.")
     return steps
@@ -85,8 +90,8 @@ def _sizes(shape: Iterable[int] | int) -> tuple[int, ...]:
 class _Walker:
     """Carries the shape of one sample through the model."""
 
-    def __init__(self, shape: tuple[int, ...] | None, plugin: str | None) -> None:
-        self.shape, self.plugin = shape, plugin
+    def __init__(self, shape: tuple[int, ...] | None, plugin: str | None, dense: bool) -> None:
+        self.shape, self.plugin, self.dense = shape, plugin, dense
 
     def walk(self, module: nn.Module, path: str) -> Iterator[Step]:
         if module._forward_hooks or module._forward_pre_hooks:
@@ -97,40 +102,41 @@ class _Walker:
                 "torch.nn.utils.parametrizations, which need none.",
             )
         try:
-            claim = registry().to_dae(module, self.shape, self.plugin, path)
+            claim = registry().to_dae(module, self.shape, self.plugin, path, self.dense)
         except LipconvertError as error:
             if error.layer is None:  # a plugin does not know where in the model it is
                 error.layer = f"{label(path, module)!r}, {type(module).__name__}"
             raise
         if claim is not None:
             name, dae = claim
-            yield self._step(module, path, replace(dae, name=label(path, module)), name)
+            yield from self._layer(module, path, replace(dae, name=label(path, module)), name)
         elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             # Not named_children(), which names a module that stands twice (one shared ReLU) only once.
             for key, child in module._modules.items():
                 if child is not None:
                     yield from self.walk(child, f"{path}.{key}" if path else key)
-        elif is_activation(module):
-            activation = activation_of(module, path)
+        elif is_activation(module) or type(module) is MaxMin:
+            make = max_min if type(module) is MaxMin else partial(elementwise, activation_of(module, path))
             shape = self._known(path, module)
-            if len(shape) == 1:
-                yield self._step(module, path, elementwise(activation, shape[0], label(path, module)), CORE)
+            if len(shape) in (1, 3):
+                yield from self._layer(module, path, make(shape[0], label(path, module), Grid(shape[1:])), CORE)
             else:
-                yield self._step(module, path, None, CORE, 1.0)
+                yield self._glue(module, path, 1.0)
         elif isinstance(module, Network):
             for index, step in enumerate(module.steps):
                 yield from self.walk(step, f"{path}.steps.{index}" if path else f"steps.{index}")
         elif type(module) in (nn.Dropout, nn.AlphaDropout):
             return  # the identity of the eval mode that is converted
         elif computes_as(module, nn.Linear):
-            weight, bias = module.weight, module.bias
-            yield self._step(module, path, affine(weight, bias, name=label(path, module)), CORE)
+            yield from self._layer(module, path, affine(module.weight, module.bias, name=label(path, module)), CORE)
+        elif computes_as(module, nn.Conv2d):
+            yield from self._layer(module, path, self._convolution(module, path), CORE)
         else:
             known = core_lipschitz(module)
             known = registry().glue_lipschitz(module, self.plugin, path) if known is None else known
             if known is None:
                 raise UnsupportedModuleError(path, type(module).__name__, self._why(module))
-            yield self._step(module, path, None, CORE, known)
+            yield self._glue(module, path, known)
 
     def _known(self, path: str, module: nn.Module) -> tuple[int, ...]:
         if self.shape is None:
@@ -142,28 +148,79 @@ class _Walker:
             )
         return self.shape
 
-    def _step(self, module: nn.Module, path: str, dae: DAE | None, plugin: str, lipschitz: float = 1.0) -> Step:
-        if self.shape is None and dae is not None:
-            self.shape = (dae.inputs,)
+    def _convolution(self, module: nn.Conv2d, path: str) -> DAE:
+        """A circular nn.Conv2d as an affine layer; a strided one on the coarse grid. Dense, with any padding, on request."""
+        name, shape = label(path, module), self._known(path, module)
+        if self.dense:
+            self._image(module, path)
+            return affine(*affine_image(module, shape, path), name=name)
+        trivial = module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid")
+        reason = (
+            f'its padding_mode is "{module.padding_mode}"; only circular padding turns into one small matrix for each '
+            "frequency. For small images convert(model, dense=True) takes any."
+            if module.padding_mode != "circular" and not trivial
+            else f"groups = {module.groups} and dilation = {module.dilation} are not supported; 1 is."
+            if module.groups != 1 or module.dilation != (1, 1)
+            else f"its strides {module.stride} differ."
+            if module.stride[0] != module.stride[1]
+            else f"padding {module.padding} does not keep the image: (kernel_size - 1)//2 on each side does."
+            if module.padding != "same" and module.padding != same_origin(module.weight)
+            else None
+        )
+        if reason is not None:
+            raise UnsupportedModuleError(path, type(module).__name__, reason)
+        stride = module.stride[0]
+        if len(shape) != 3 or shape[1] % stride or shape[2] % stride:
+            raise ShapeError(f"the input of {name!r}", f"(c, h, w), h and w multiples of {stride}", shape)
+        weight, origin = strided_weight(module.weight, stride)
+        grid = Grid((shape[1] // stride, shape[2] // stride))
+        return affine(grid.convolution(weight, origin), module.bias, name=name, grid=grid)
+
+    def _image(self, module: nn.Module, path: str, probes: int = 3) -> tuple[Tensor, Tensor]:
+        """Random inputs of the current shape and what a module makes of them."""
         shape = self._known(path, module)
-        where = f"the input of {label(path, module)!r}"
-        if dae is not None and shape != (dae.inputs,):
-            hint = "Put an nn.Flatten() in front of it." if len(shape) > 1 else ""
-            raise ShapeError(where, (dae.inputs,), shape, hint)
-        probe = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        probe = torch.randn(probes, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         try:
             with torch.no_grad():
-                image = module(probe)
+                return probe, module(probe)
         except LipconvertError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
+            where = f"the input of {label(path, module)!r}"
             raise ShapeError(where, f"one that {type(module).__name__} takes ({error})", shape) from error
+
+    def _glue(self, module: nn.Module, path: str, lipschitz: float) -> Step:
+        shape = self._known(path, module)
+        self.shape = tuple(self._image(module, path)[1].shape[1:])
+        return Step(path, module, shape, None, CORE, lipschitz)
+
+    def _layer(self, module: nn.Module, path: str, dae: DAE, plugin: str) -> Iterator[Step]:
+        """A module with its DAE, and the glue that reshapes images for it."""
+        if self.shape is None and not dae.grid:
+            self.shape = dae.input_shape
+        shape = self._known(path, module)
+        probe, image = self._image(module, path)
+        unshuffle = _unshuffle(shape, dae)
+        flat = self.dense and len(shape) > 1
+        before = [nn.PixelUnshuffle(unshuffle)] * (unshuffle > 1) + [nn.Flatten()] * flat
+        if flat:
+            dae = densify(dae)
+        given = nn.Sequential(*before)(probe)
+        if tuple(given.shape[1:]) != dae.input_shape:
+            hint = "Put an nn.Flatten() in front of it." if len(shape) > 1 and not dae.grid else ""
+            raise ShapeError(f"the input of {label(path, module)!r}", dae.input_shape, shape, hint)
+        after = [nn.Unflatten(1, tuple(image.shape[1:]))] * flat
+        expected = tuple(image.flatten(1).shape[1:]) if flat else tuple(image.shape[1:])
+        if expected != dae.output_shape:
+            raise ShapeError(f"the output of {label(path, module)!r}", dae.output_shape, expected)
+        self._require_same(module, path, plugin, image.flatten(1), evaluate(dae, given).flatten(1))
+        for glue in before:
+            yield Step(path, glue, shape, None, CORE, 1.0)
+            shape = tuple(glue(torch.empty(1, *shape)).shape[1:])
+        yield Step(path, module, shape, dae, plugin, dae.lipschitz)
+        for glue in after:
+            yield Step(path, glue, dae.output_shape, None, CORE, 1.0)
         self.shape = tuple(image.shape[1:])
-        if dae is not None and self.shape != (dae.outputs,):
-            raise ShapeError(f"the output of {label(path, module)!r}", (dae.outputs,), self.shape)
-        if dae is not None:
-            self._require_same(module, path, plugin, image, evaluate(dae, probe))
-        return Step(path, module, shape, dae, plugin, dae.lipschitz if dae is not None else lipschitz)
 
     @staticmethod
     def _require_same(module: nn.Module, path: str, plugin: str, expected: Tensor, actual: Tensor) -> None:
@@ -196,21 +253,83 @@ def label(path: str, module: nn.Module) -> str:
     return path or type(module).__name__
 
 
-def group(steps: list[Step]) -> list[list[Step]]:
+def _unshuffle(shape: tuple[int, ...], dae: DAE) -> int:
+    """The s for which ``PixelUnshuffle(s)`` takes a shape to the DAE's own, 1 if there is none."""
+    if not dae.grid or len(shape) != 3:
+        return 1
+    s = shape[1] // dae.grid.image[0]
+    return s if s > 1 and dae.input_shape == (shape[0] * s * s, shape[1] // s, shape[2] // s) else 1
+
+
+def _without_detours(steps: list[Step]) -> list[Step]:
+    """Unflatten and Flatten right after it, between two layers that are stated densely, left out."""
+    kept: list[Step] = []
+    for step in steps:
+        if kept and type(kept[-1].module) is nn.Unflatten and type(step.module) is nn.Flatten:
+            if step.module.start_dim == 1 and step.module.end_dim in (-1, len(step.input_shape)):
+                kept.pop()
+                continue
+        kept.append(step)
+    return kept
+
+
+# Glue that acts on each pixel by itself: the same affine map of the channels everywhere.
+_PIXELWISE = (Normalize, PadChannels, nn.Identity)
+
+
+def glue_dae(step: Step) -> DAE | None:
+    """Affine glue as a DAE in the space it stands in, flat or on the grid of its images; None if it has none there."""
+    name = label(step.path, step.module)
+    if step.dae is not None:
+        return step.dae
+    if is_activation(step.module) or type(step.module) is MaxMin:
+        return None
+    if len(step.input_shape) == 1:
+        if type(step.module) in (nn.Unflatten, nn.Unfold):
+            return None
+        return affine(*affine_image(step.module, step.input_shape, step.path), step.lipschitz, name)
+    if len(step.input_shape) == 3 and type(step.module) in _PIXELWISE:
+        M, b = affine_image(step.module, (step.input_shape[0], 1, 1), step.path)
+        grid = Grid(step.input_shape[1:])
+        return affine(M.to(torch.complex128).expand(*grid.batch, *M.shape), b, step.lipschitz, name, grid)
+    return None
+
+
+def group(steps: list[Step], merge: bool = False) -> list[list[Step]]:
     """Steps that become one stage, or one glue module, in order.
 
     Neighbours with DAEs join unless they come from two different plugins; activations and affine layers join either.
+    Activations on images with no layer beside them stay glue. ``merge``: layers of different plugins join too, and affine
+    glue between and beside them, where they share a space; ``PixelUnshuffle`` takes what is before it to the coarse grid.
     """
     groups: list[list[Step]] = []
     for step in steps:
         previous = groups[-1] if groups else None
-        if previous is not None and step.dae is not None and previous[-1].dae is not None:
+        if merge and step.dae is None:
+            step = replace(step, dae=glue_dae(step))
+        if previous is not None and previous[0].dae is not None:
             plugins = {s.plugin for s in (*previous, step)} - {CORE}
-            if len(plugins) <= 1:
+            unshuffled = merge and type(step.module) is nn.PixelUnshuffle and len(step.input_shape) == 3
+            if unshuffled:  # the stage then takes coarse images from its start
+                groups.insert(-1, [replace(step, input_shape=previous[0].input_shape)])
+            if (step.dae is not None and (merge or len(plugins) <= 1)) or unshuffled:
                 previous.append(step)
                 continue
         groups.append([step])
-    return groups
+    return [part for members in groups for part in _stages_of(members)]
+
+
+def _stages_of(members: list[Step]) -> list[list[Step]]:
+    """The group itself, or its members one by one as glue where nothing in it needs to be solved for."""
+    if all(_is_glue(step) for step in members):
+        return [[replace(step, dae=None)] for step in members]
+    return [members]
+
+
+def _is_glue(step: Step) -> bool:
+    """Whether a step can be left as the module it is: glue, and activations on images."""
+    glue = type(step.module) in KNOWN or (is_activation(step.module) and len(step.input_shape) > 1)
+    return step.dae is None or (step.plugin == CORE and glue)
 
 
 def stage_dae(steps: list[Step]) -> DAE:
@@ -218,8 +337,12 @@ def stage_dae(steps: list[Step]) -> DAE:
 
     Eliminating after each layer keeps the sizes of one layer more than the result's.
     """
-    daes = [step.dae for step in steps if step.dae is not None]
-    result = daes[0]
-    for dae in daes[1:]:
-        result = eliminate(compose(result, dae))
+    result = steps[0].dae
+    assert result is not None
+    for step in steps[1:]:
+        if step.dae is None:
+            factor = int(step.module.downscale_factor)  # type: ignore[arg-type]
+            result = coarsen(result, factor, factor)
+        else:
+            result = eliminate(compose(result, step.dae))
     return result

@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .conditions import H_matrix
+from .dae import DAE
 from .equilibrium import evaluate
 from .errors import EquivalenceError, InvalidParameterError, ShapeError
 from .lben import LBEN
 from .network import Network
 from .schema import CheckResult, ValidationReport
 from .spectrum import least_eigenvalue
-from .trace import group, stage_dae, trace
+from .trace import Step, group, stage_dae, trace
 
 # What a conversion promises, relative: outputs, input gradients, W. Float32 rounds the parameters themselves.
 TOLERANCE = {torch.float64: (1e-10, 1e-8, 1e-12), torch.float32: (1e-5, 1e-3, 1e-5)}
 # H(Ψ⁻¹, L) = 2V′V + 2εI ⪰ 0 by construction; what is measured is round-off in the gauge-free matrix.
 EIGENVALUE = {torch.float64: 1e-12, torch.float32: 1e-5}
 JACOBIAN = 1e-6
+# Outputs up to which the whole Jacobian is compared: an image has thousands, and each is a backward pass.
+DIRECTIONS = 32
 
 
-def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """∂f/∂x for each sample of a batch, (B, ...) → (B, q, p), input and output flattened; one backward pass an output."""
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None = None) -> Tensor:
+    """∂f/∂x for each sample of a batch, (B, ...) → (B, q, p), input and output flattened; one backward pass an output.
+
+    ``most``: with more outputs than that, Q ∂f/∂x for ``most`` fixed random directions, orthonormal rows Q: (B, most, p).
+    """
     x = x.detach().clone().requires_grad_(True)
     y = function(x).flatten(1)
+    if most is not None and y.shape[1] > most:
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(y.shape[1], most, generator=generator, dtype=torch.float64)
+        y = y @ torch.linalg.qr(directions).Q.to(y)
     rows = [torch.autograd.grad(y[:, k].sum(), x, retain_graph=True)[0].flatten(1) for k in range(y.shape[1])]
     return torch.stack(rows, dim=1)
 
@@ -42,21 +52,38 @@ def validate(
     delta: float | None = 0.0,
     throw: bool = True,
     plugin: str | None = None,
+    merge: bool = False,
+    dense: bool = False,
 ) -> ValidationReport:
     """Compare a source network with its DAEs and with its converted form.
 
     On ``inputs`` (B, *input_shape), 64 standard normal samples by default: outputs and input-gradients of source, DAE and
-    LBEN; for each stage W rebuilt against W, λ_min of H(Ψ⁻¹, L) and L(1 + δ); the Jacobian's 2-norm against L(1 + 1e-6).
+    LBEN (in 32 random directions where there are more outputs); for each stage W rebuilt against W, λ_min of H(Ψ⁻¹, L) and L(1 + δ); the Jacobian's 2-norm against L(1 + 1e-6).
     Tolerances are those of the converted network's dtype (float64: 1e-10 outputs, 1e-8 gradients, 1e-12 W and H; float32:
     1e-5, 1e-3, 1e-5), relative to the largest entry compared (W: Frobenius norms in the gauge Λ = I, relative to
     max(1, ‖W‖); H: to max(1, ‖Λ‖)).
     ``delta``: the δ the network was converted with, 0 if its constants must be the source's own; None takes any δ ≥ 0.
+    ``plugin``, ``merge``, ``dense``: as it was converted.
 
     Raises `EquivalenceError` with the report when a check fails, unless ``throw`` is False; `ShapeError` for inputs that
     do not fit; whatever converting the source raises.
     """
-    steps = trace(model, net.input_shape, plugin)
-    groups = group(steps)
+    groups = group(trace(model, net.input_shape, plugin, dense), merge)
+    daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
+    return compare(model, net, groups, daes, inputs, delta=delta, throw=throw)
+
+
+def compare(
+    model: nn.Module,
+    net: Network,
+    groups: Sequence[Sequence[Step]],
+    daes: Sequence[DAE | None],
+    inputs: Tensor | None = None,
+    *,
+    delta: float | None = 0.0,
+    throw: bool = True,
+) -> ValidationReport:
+    """`validate`, for a source that is traced and composed already: ``daes``, None for glue, one for each of ``groups``."""
     if len(groups) != len(net.steps):
         raise ShapeError("the converted network", f"{len(groups)} steps as its source has", f"{len(net.steps)} steps")
     if inputs is None:
@@ -71,7 +98,6 @@ def validate(
     network = copy.deepcopy(net).eval()
     for module in (source, network):
         module.requires_grad_(False)
-    daes = [None if g[0].dae is None else stage_dae(g) for g in groups]
 
     def through_daes(x: Tensor) -> Tensor:
         for members, dae in zip(groups, daes, strict=True):
@@ -94,7 +120,7 @@ def validate(
         expected = source(x)
         at_most("output: DAE - source", "network", relative_difference(through_daes(x), expected), output_tolerance)
         at_most("output: LBEN - source", "network", relative_difference(through_network(x), expected), output_tolerance)
-    J, J_dae, J_net = (jacobian(f, x) for f in (source, through_daes, through_network))
+    J, J_dae, J_net = (jacobian(f, x, DIRECTIONS) for f in (source, through_daes, through_network))
     at_most("input gradient: DAE - source", "network", relative_difference(J_dae, J), gradient_tolerance)
     at_most("input gradient: LBEN - source", "network", relative_difference(J_net, J), gradient_tolerance)
     norm = float(torch.linalg.matrix_norm(J_net, 2).amax())
@@ -107,11 +133,11 @@ def validate(
             at_most("L of the glue - L of its source", where, abs(L / members[0].lipschitz - 1.0), 1e-14)
             continue
         rebuilt = stage.dae()
-        if (rebuilt.states, rebuilt.inputs, rebuilt.outputs) != (dae.states, dae.inputs, dae.outputs):
+        if (rebuilt.states, rebuilt.input_shape, rebuilt.output_shape) != (dae.states, dae.input_shape, dae.output_shape):
             raise ShapeError(f"stage {stage.name!r}", repr(dae), repr(rebuilt))
         root = dae.Lambda.sqrt()
         W_error, W_size = (
-            float(torch.linalg.matrix_norm(root.unsqueeze(-1) * M / root)) for M in (rebuilt.W - dae.W, dae.W)
+            float(torch.linalg.matrix_norm(root.unsqueeze(-1) * M / root).amax()) for M in (rebuilt.W - dae.W, dae.W)
         )
         at_most("W rebuilt - W", stage.name, W_error / max(1.0, W_size), W_tolerance)
         allowance = EIGENVALUE[dtype] * max(1.0, float(rebuilt.Lambda.max()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..errors import InvalidParameterError
@@ -31,7 +30,7 @@ class ForwardBackward:
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
         (z,) = state
         v = map.apply(z) + u
-        residual = torch.linalg.vector_norm(z - sigma(v), dim=-1)
+        residual = map.norm(z - sigma(v))
         alpha = self.alpha if self.alpha is not None else self._safe_step(map)
         return (sigma.prox((1.0 - alpha) * z + alpha * v, alpha),), z, residual
 

@@ -18,4 +18,4 @@ def forward_substitution(map: StateMap, sigma: Elementwise, u: Tensor) -> tuple[
     z = torch.empty_like(u)
     for block in map.order:
         z[:, block] = sigma[block](map.rows_below(block, z, u))
-    return z, map.remainder * torch.linalg.vector_norm(z, dim=-1)
+    return z, map.remainder * map.norm(z)

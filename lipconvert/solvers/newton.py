@@ -31,4 +31,4 @@ class Newton:
         r = sigma(v) - z
         size = max(1, CHUNK // max(1, map.states**2))
         steps = [map.newton_step(D, part) for D, part in zip(sigma.slope(v).split(size), r.split(size), strict=True)]
-        return (z + torch.cat(steps),), z, torch.linalg.vector_norm(r, dim=-1)
+        return (z + torch.cat(steps),), z, map.norm(r)

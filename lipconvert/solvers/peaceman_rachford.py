@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..errors import InvalidParameterError
@@ -35,6 +34,6 @@ class PeacemanRachford:
         (t,) = state
         alpha = map.splitting_steps[0] if self.alpha is None else self.alpha
         z = map.resolvent(t + alpha * u, alpha)
-        residual = torch.linalg.vector_norm(z - sigma(((1.0 + alpha) * z - t) / alpha), dim=-1)
+        residual = map.norm(z - sigma(((1.0 + alpha) * z - t) / alpha))
         t = t + 2.0 * self.relaxation * (sigma.prox(2.0 * z - t, alpha) - z)
         return (t,), z, residual

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..state_map import StateMap
@@ -25,5 +24,5 @@ class Sweep:
         (old,) = state
         z = old.clone()
         for block in map.order:
-            z[:, block] = sigma[block](map.rows(block, z) + u[:, block])
-        return (z,), z, map.remainder * torch.linalg.vector_norm(z - old, dim=-1)
+            z[:, block] = sigma[block](map.rows(block, z, u))
+        return (z,), z, map.remainder * map.norm(z - old)

@@ -13,44 +13,152 @@ from lipconvert import (
     DAE,
     Activations,
     FirstFeatures,
+    Grid,
     PadChannels,
     activation_module,
     activation_of,
+    conv2d_adjoint,
+    conv2d_same,
     psd_sqrt,
     required_option,
+    spectral_norm,
+)
+
+from ._convolution import (
+    Front,
+    dense_operator,
+    front_arguments,
+    image_of,
+    kernel_shape,
+    require_circular,
+    split_layers,
 )
 
 
-class ResidualLinear(nn.Module):
-    """x → x − 2 W T⁻¹ σ(W′x + b), (..., features) → (..., features), 1-Lipschitz for any positive diagonal T ⪰ W′W.
+class Residual(nn.Module):
+    """x → x − 2 W T⁻¹ σ(W′x + b), 1-Lipschitz for any positive diagonal T ⪰ W′W.
 
-    ``weight`` (inner, features) holds W′, as in ``nn.Linear(features, inner)``. Subclasses say what `T` is. ``activation``
-    is elementwise with slope in [0, 1], ReLU by default.
+    ``weight`` holds W′. Subclasses say what `T` is (SLL, CPL) and what W′ is (a matrix, a convolution). ``activation`` is
+    elementwise with slope in [0, 1], ReLU by default.
     """
 
     def __init__(
-        self, features: int, inner: int | None = None, bias: bool = True, activation: nn.Module | None = None
+        self, features: int, inner: int | None, kernel: tuple[int, ...], bias: bool, activation: nn.Module | None
     ) -> None:
         super().__init__()
         self.features, self.inner = features, features if inner is None else inner
-        self.weight = nn.Parameter(torch.empty(self.inner, features))
+        self.weight = nn.Parameter(torch.empty(self.inner, features, *kernel))
         self.bias = nn.Parameter(torch.zeros(self.inner)) if bias else None
         self.activation = nn.ReLU() if activation is None else activation
         nn.init.xavier_normal_(self.weight)
 
-    def T(self) -> Tensor:
-        """The diagonal of T, (inner,), positive."""
+    def T(self, image: tuple[int, ...] = ()) -> Tensor:
+        """The diagonal of T, (inner,), positive; on images of a size for convolutions."""
+        raise NotImplementedError
+
+    def gram(self) -> Tensor:
+        """Σ_s |W′W|_ij over all shifts s, (inner, inner): what Gershgorin's theorem needs."""
+        raise NotImplementedError
+
+    def norm(self, image: tuple[int, ...]) -> Tensor:
+        """An upper bound of ‖W‖."""
+        raise NotImplementedError
+
+    def inward(self, x: Tensor) -> Tensor:
+        """W′x + b."""
+        raise NotImplementedError
+
+    def outward(self, s: Tensor) -> Tensor:
+        """W s."""
+        raise NotImplementedError
+
+    def operator(self, input_shape: tuple[int, ...] | None, dense: bool) -> tuple[Grid, tuple[int, ...], Tensor]:
+        """The grid, the image and W′ as matrices."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        s = self.activation(functional.linear(x, self.weight, self.bias))
-        return x - 2.0 * functional.linear(s / self.T(), self.weight.mT)
+        s = self.activation(self.inward(x))
+        T = self.T(tuple(x.shape[2:]) if self.weight.dim() == 4 else ())
+        return x - 2.0 * self.outward(s / T.reshape(-1, *[1] * (self.weight.dim() - 2)))
 
     def extra_repr(self) -> str:
         return f"features={self.features}, inner={self.inner}, bias={self.bias is not None}"
 
 
-def residual_dae(layer: ResidualLinear) -> DAE:
+class ResidualLinear(Residual):
+    """The dense layer, (..., features) → (..., features); ``weight`` (inner, features), as ``nn.Linear(features, inner)``."""
+
+    def __init__(
+        self, features: int, inner: int | None = None, bias: bool = True, activation: nn.Module | None = None
+    ) -> None:
+        super().__init__(features, inner, (), bias, activation)
+
+    def gram(self) -> Tensor:
+        return (self.weight @ self.weight.mT).abs()
+
+    def norm(self, image: tuple[int, ...]) -> Tensor:
+        return spectral_norm(self.weight)
+
+    def inward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def outward(self, s: Tensor) -> Tensor:
+        return functional.linear(s, self.weight.mT)
+
+    def operator(self, input_shape: tuple[int, ...] | None, dense: bool) -> tuple[Grid, tuple[int, ...], Tensor]:
+        return Grid(), (), self.weight.detach()
+
+
+class ResidualConv2d(Residual):
+    """The convolutional layer, (B, features, h, w) → (B, features, h, w); ``weight`` (inner, features, k, k).
+
+    Any kernel size, also larger than the image; T is the same in every pixel. ``padding_mode="zeros"`` is 1-Lipschitz with
+    the same T, but is converted only densely: zero padding has no form per frequency.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        inner: int | None = None,
+        kernel_size: int | tuple[int, int] = 3,
+        bias: bool = True,
+        activation: nn.Module | None = None,
+        padding_mode: str = "circular",
+    ) -> None:
+        super().__init__(features, inner, kernel_shape(kernel_size, padding_mode), bias, activation)
+        self.padding_mode = padding_mode
+
+    def gram(self) -> Tensor:
+        # The linear autocorrelation, for images of any size; on small ones, where shifts meet, it is an upper bound.
+        kh, kw = self.weight.shape[2:]
+        return functional.conv2d(self.weight, self.weight, padding=(kh - 1, kw - 1)).abs().sum((2, 3))
+
+    def norm(self, image: tuple[int, ...]) -> Tensor:
+        if self.padding_mode == "zeros":  # a corner of the circular convolution on a larger image
+            image = (image[0] + self.weight.shape[2] - 1, image[1] + self.weight.shape[3] - 1)
+        return spectral_norm(Grid(image).convolution(self.weight))
+
+    def inward(self, x: Tensor) -> Tensor:
+        return conv2d_same(x, self.weight, self.bias, padding_mode=self.padding_mode)
+
+    def outward(self, s: Tensor) -> Tensor:
+        return conv2d_adjoint(s, self.weight, self.padding_mode)
+
+    def operator(self, input_shape: tuple[int, ...] | None, dense: bool) -> tuple[Grid, tuple[int, ...], Tensor]:
+        image = image_of(self, input_shape)
+        require_circular(self, self.padding_mode, dense)
+        weight = self.weight.detach()
+        if self.padding_mode == "zeros":
+            linear = dense_operator(lambda x: conv2d_same(x, weight, padding_mode="zeros"), (self.features, *image))
+            return Grid(), image, linear
+        return Grid(image), image, Grid(image).convolution(weight)
+
+    def extra_repr(self) -> str:
+        kernel = "x".join(map(str, self.weight.shape[2:]))
+        return f"{super().extra_repr()}, kernel_size={kernel}, padding_mode={self.padding_mode}"
+
+
+def residual_dae(layer: Residual, input_shape: tuple[int, ...] | None = None, dense: bool = False) -> DAE:
     """One layer as a DAE: z = [x; s], R = 2WT⁻¹,
 
         W = [[0, 0], [W′, 0]],  U = [I; 0],  G = [I, −R],  Λ = blkdiag(I, 2T⁻¹),  L = 1,
@@ -59,47 +167,75 @@ def residual_dae(layer: ResidualLinear) -> DAE:
     F = (I − T^{-1/2}W′WT^{-1/2})^{1/2} T^{1/2}: the root is taken of a matrix between 0 and I, whatever the scale of T.
     Raises `NotPSDError` when W′W ⋠ T: the layer is then not 1-Lipschitz.
     """
-    weight, T = layer.weight.detach(), layer.T().detach()
-    h, d = weight.shape
-    eye_d, eye_h = torch.eye(d, dtype=weight.dtype), torch.eye(h, dtype=weight.dtype)
+    grid, image, weight = layer.operator(input_shape, dense)
+    h, d = weight.shape[-2:]
+    pixels = h // layer.inner  # of a dense form of images; 1 otherwise
+    T = layer.T(image).detach().repeat_interleave(pixels)
+    bias = T.new_zeros(h) if layer.bias is None else layer.bias.detach().repeat_interleave(pixels)
+    eye_d, eye_h = (torch.eye(n, dtype=weight.dtype).expand(*grid.batch, n, n) for n in (d, h))
     scaled = weight / T.sqrt().unsqueeze(-1)
-    root = psd_sqrt(eye_h - scaled @ scaled.mT, "I - T^{-1/2} W'W T^{-1/2} (W'W must not exceed T)", scale=1.0)
-    zero = weight.new_zeros
+    root = psd_sqrt(eye_h - scaled @ scaled.mH, "I - T^{-1/2} W'W T^{-1/2} (W'W must not exceed T)", scale=1.0)
+
+    def zero(*shape: int) -> Tensor:
+        return weight.new_zeros(*grid.batch, *shape)
+
     return DAE(
-        W=torch.cat([zero(d, d + h), torch.cat([weight, zero(h, h)], 1)]),
-        U=torch.cat([eye_d, zero(h, d)]),
-        G=torch.cat([eye_d, -2.0 * weight.mT / T], 1),
-        Lambda=torch.cat([zero(d) + 1.0, 2.0 / T]),
-        b_z=torch.cat([zero(d), zero(h) if layer.bias is None else layer.bias.detach()]),
+        W=torch.cat([zero(d, d + h), torch.cat([weight, zero(h, h)], -1)], -2),
+        U=torch.cat([eye_d, zero(h, d)], -2),
+        G=torch.cat([eye_d, -2.0 * weight.mH / T], -1),
+        Lambda=torch.cat([T.new_ones(d), 2.0 / T]),
+        b_z=torch.cat([T.new_zeros(d), bias]),
         activations=Activations("identity", d) + Activations(activation_of(layer.activation), h),
-        V=torch.cat([zero(h, d), 2.0**0.5 * root / T.sqrt()], 1),
+        V=torch.cat([zero(h, d), 2.0**0.5 * root / T.sqrt()], -1),
         blocks=(d, h),
+        grid=grid,
     )
 
 
 class ResidualNetwork(nn.Sequential):
-    """Zero-pad the flat input to ``features``, ``dense_depth`` residual layers, the first ``classes`` features as logits."""
+    """The network of the paper's experiments: zero-pad the channels, convolutions, mean pooling, dense layers, first logits.
 
-    layer: type[ResidualLinear]
+    ``image``: h = w of the input, or (h, w); without it inputs are flat, and ``inputs`` is their number. On images:
+    ``in_channels`` are padded to ``channels``, ``conv_depth`` layers of ``inner`` channels and ``kernel_size`` follow, then
+    pooling by ``pool`` (`MeanPool`) and ``Flatten``. Then, with or without images: pad to ``features`` (by default as many as
+    there are), ``dense_depth`` layers of ``dense_inner`` neurons, and the first ``classes`` features as logits. 1-Lipschitz.
+    """
+
+    linear: type[ResidualLinear]
+    conv: type[ResidualConv2d]
     prefix: str
 
     def __init__(
         self,
         *,
-        inputs: int,
-        classes: int,
+        inputs: int | None = None,
+        classes: int = 10,
+        image: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        channels: int = 8,
+        inner: int | None = None,
+        conv_depth: int = 4,
+        kernel_size: int | tuple[int, int] = 3,
+        pool: int = 4,
         features: int | None = None,
         dense_depth: int = 2,
         dense_inner: int | None = None,
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        width = max(inputs, classes) if features is None else features
-        self.input_shape = (inputs,)
-        if width != inputs:
+        front = Front(inputs, image, channels if image is not None else in_channels, channels, conv_depth, pool)
+        self.input_shape = front.input_shape if image is None else (in_channels, *front.input_shape[1:])
+        if image is not None and channels != in_channels:
+            self.add_module("pad_channels", PadChannels(channels))
+        for k in range(len(front.widths)):
+            self.add_module(f"conv{k}", self.conv(channels, inner, kernel_size, activation=activation))
+        for name, module in front.joint():
+            self.add_module(name, module)
+        width = max(front.features, classes) if features is None else features
+        if width != front.features:
             self.add_module("pad", PadChannels(width))
         for k in range(dense_depth):
-            self.add_module(f"{self.prefix}{k}", self.layer(width, dense_inner, activation=activation))
+            self.add_module(f"{self.prefix}{k}", self.linear(width, dense_inner, activation=activation))
         self.add_module("head", FirstFeatures(classes))
 
 
@@ -108,24 +244,26 @@ def residual_from_state_dict(
 ) -> nn.Module | None:
     """A `ResidualNetwork` from its own state dict, None if it is not one.
 
-    ``inputs``, ``classes`` and ``activation`` must be given: the tensors do not say them."""
-    layers = {key.split(".")[0] for key in state_dict}
-    if layers != {f"{network.prefix}{k}" for k in range(len(layers))} or f"{network.prefix}0.weight" not in state_dict:
+    ``inputs`` (or, with convolutions, ``image``, ``in_channels`` and ``pool``), ``classes`` and ``activation`` must be
+    given: the tensors do not say them.
+    """
+    layers = split_layers(state_dict, network.prefix)
+    if layers is None:
         return None
-    needed = {
-        "inputs": "size of the flat input before padding",
-        "classes": "number of logits",
-        "activation": "relu, tanh, leaky_relu(0.1), ...",
-    }
-    given = {name: required_option(options, name, network.prefix, meaning) for name, meaning in needed.items()}
-    inner, features = state_dict[f"{network.prefix}0.weight"].shape
+    convolutions, depth = layers
+    arguments = front_arguments(state_dict, options, network.prefix, convolutions)
+    if convolutions:
+        arguments |= {"inner": len(state_dict["conv0.weight"]), "channels": state_dict["conv0.weight"].shape[1]}
+    else:
+        arguments["inputs"] = int(required_option(options, "inputs", network.prefix, "size of the flat input before padding"))
+    weight = state_dict[f"{network.prefix}0.weight"]
     model = network(
-        inputs=int(given["inputs"]),
-        classes=int(given["classes"]),
-        features=features,
-        dense_depth=len(layers),
-        dense_inner=inner,
-        activation=activation_module(given["activation"]),
+        **arguments,
+        classes=int(required_option(options, "classes", network.prefix, "number of logits")),
+        features=weight.shape[1],
+        dense_depth=depth,
+        dense_inner=len(weight),
+        activation=activation_module(required_option(options, "activation", network.prefix, "relu, leaky_relu(0.1), ...")),
     )
-    model.to(state_dict[f"{network.prefix}0.weight"].dtype).load_state_dict(state_dict)
+    model.to(weight.dtype).load_state_dict(state_dict)
     return model

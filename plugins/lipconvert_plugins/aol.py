@@ -11,14 +11,44 @@ from torch.nn import functional
 
 from lipconvert import (
     DAE,
+    Grid,
+    InvalidParameterError,
     MissingOptionError,
     PluginInfo,
+    ShapeError,
     activation_module,
     affine,
     computes_as,
+    conv2d_same,
     hookimpl,
     required_option,
+    strided_weight,
 )
+
+from ._convolution import (
+    Front,
+    dense_operator,
+    front_arguments,
+    image_of,
+    kernel_shape,
+    require_circular,
+    split_layers,
+)
+
+
+def almost_orthogonal(weight: Tensor) -> Tensor:
+    """P = W̃D for a weight (out, in) or a kernel (out, in, k, k): columns, or input channels, divided so that ‖P‖ ≤ 1.
+
+    D_i = (Σ_j Σ_s |C_ij[s]|)^{-1/2}, C the autocorrelation over input channels; on images smaller than 2k − 1, where shifts
+    meet, the sum is an upper bound. Zero padding only takes a corner of the operator. (FORMULAS 4)
+    """
+    if weight.dim() == 2:
+        sums = (weight.mT @ weight).abs().sum(1)
+    else:
+        columns, (kh, kw) = weight.transpose(0, 1), weight.shape[2:]
+        sums = functional.conv2d(columns, columns, padding=(kh - 1, kw - 1)).abs().sum((1, 2, 3))
+    D = torch.where(sums > 0, sums, torch.ones_like(sums)).rsqrt()
+    return weight * D.reshape(1, -1, *[1] * (weight.dim() - 2))
 
 
 class AOLLinear(nn.Module):
@@ -37,8 +67,7 @@ class AOLLinear(nn.Module):
 
     def P(self) -> Tensor:
         """W̃D, (out, in), of norm at most 1."""
-        sums = (self.weight.mT @ self.weight).abs().sum(1)
-        return self.weight * torch.where(sums > 0, sums, torch.ones_like(sums)).rsqrt()
+        return almost_orthogonal(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.P(), self.bias)
@@ -47,48 +76,136 @@ class AOLLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class AOLConv2d(nn.Module):
+    """The same layer with a convolution, (B, in_channels, h, w) → (B, out_channels, h/stride, w/stride), of norm at most 1.
+
+    ``AOLConv2d(in_channels, out_channels, kernel_size, stride=1, bias=True, padding_mode="circular")``; any kernel size. With
+    a stride D is that of the polyphase kernel, (out, in·stride², k′, k′): a strided layer is an ordinary one behind
+    ``PixelUnshuffle(stride)``. ``padding_mode="zeros"`` is 1-Lipschitz too, but converted only densely.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int = 1,
+        bias: bool = True,
+        padding_mode: str = "circular",
+    ) -> None:
+        super().__init__()
+        if stride < 1:
+            raise InvalidParameterError("stride", stride, "it must be at least 1")
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, int(stride)
+        self.padding_mode = padding_mode
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel_shape(kernel_size, padding_mode)))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        nn.init.dirac_(self.weight)
+        with torch.no_grad():
+            self.weight += torch.randn_like(self.weight) * 0.5 * self.weight[0].numel() ** -0.5
+
+    def P(self) -> tuple[Tensor, tuple[int, int]]:
+        """W̃D as a kernel (out, in·stride², k′, k′) on unshuffled images, and its origin."""
+        weight, origin = strided_weight(self.weight, self.stride)
+        return almost_orthogonal(weight), origin
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W̃D x + bias."""
+        h, w = x.shape[-2:]
+        if h % self.stride or w % self.stride:
+            raise ShapeError("the input of AOLConv2d", f"(B, c, h, w), multiples of {self.stride}", tuple(x.shape))
+        kernel, origin = self.P()
+        x = functional.pixel_unshuffle(x, self.stride)
+        return conv2d_same(x, kernel, bias, origin=origin, padding_mode=self.padding_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.bias)
+
+    def extra_repr(self) -> str:
+        kernel = "x".join(map(str, self.weight.shape[2:]))
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={kernel}, stride={self.stride}, "
+            f"bias={self.bias is not None}, padding_mode={self.padding_mode}"
+        )
+
+
 class AOLNetwork(nn.Sequential):
-    """``dense_depth`` times AOLLinear and ReLU, then an AOLLinear to the logits; 1-Lipschitz."""
+    """``dense_depth`` times AOLLinear and ReLU, then an AOLLinear to the logits; 1-Lipschitz.
+
+    With ``image`` (h = w, or (h, w)) in place of ``inputs``, first ``conv_depth`` times AOLConv2d and ReLU on ``channels``
+    channels, `MeanPool` by ``pool``, and ``Flatten``.
+    """
 
     def __init__(
         self,
         *,
-        inputs: int,
-        classes: int,
+        inputs: int | None = None,
+        classes: int = 10,
+        image: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        channels: int = 8,
+        conv_depth: int = 2,
+        kernel_size: int | tuple[int, int] = 3,
+        pool: int = 4,
         features: int | None = None,
         dense_depth: int = 2,
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.input_shape = (inputs,)
-        widths = [inputs, *[inputs if features is None else features] * dense_depth, classes]
+        front = Front(inputs, image, in_channels, channels, conv_depth, pool)
+        self.input_shape = front.input_shape
+
+        def act() -> nn.Module:
+            return nn.ReLU() if activation is None else activation
+
+        for k, (before, after) in enumerate(front.widths):
+            self.add_module(f"conv{k}", AOLConv2d(before, after, kernel_size))
+            self.add_module(f"conv_activation{k}", act())
+        for name, module in front.joint():
+            self.add_module(name, module)
+        widths = [front.features, *[front.features if features is None else features] * dense_depth, classes]
         for k in range(dense_depth + 1):
             self.add_module(f"aol{k}", AOLLinear(widths[k], widths[k + 1]))
             if k < dense_depth:
-                self.add_module(f"activation{k}", nn.ReLU() if activation is None else activation)
+                self.add_module(f"activation{k}", act())
 
 
 @hookimpl
-def to_dae(model: nn.Module) -> DAE | None:
+def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool) -> DAE | None:
     """One linear layer with Λ = I, L = 1; a chain of them is appendix D.1 (FORMULAS 1.2)."""
-    return affine(model.P(), model.bias, lipschitz=1.0) if computes_as(model, AOLLinear) else None
+    if computes_as(model, AOLLinear):
+        return affine(model.P(), model.bias, lipschitz=1.0)
+    if not computes_as(model, AOLConv2d):
+        return None
+    h, w = image_of(model, input_shape)
+    require_circular(model, model.padding_mode, dense)
+    coarse = (h // model.stride, w // model.stride)
+    if model.padding_mode == "zeros":
+        linear = dense_operator(model.linear, (model.in_channels, h, w))
+        bias = None if model.bias is None else model.bias.repeat_interleave(coarse[0] * coarse[1])
+        return affine(linear, bias, lipschitz=1.0)
+    kernel, origin = model.P()
+    grid = Grid(coarse)
+    return affine(grid.convolution(kernel, origin), model.bias, lipschitz=1.0, grid=grid)
 
 
 @hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
-    layers = {key.split(".")[0] for key in state_dict}
-    if layers != {f"aol{k}" for k in range(len(layers))} or "aol0.weight" not in state_dict:
+    layers = split_layers(state_dict, "aol")
+    if layers is None:
         return None
-    shapes = [tuple(state_dict[f"aol{k}.weight"].shape) for k in range(len(layers))]
-    if any(shape[0] != shapes[0][0] for shape in shapes[:-1]):
-        raise MissingOptionError(
-            "aol", "a model", f"hidden layers of different widths {shapes}: build it and load into it"
-        )
+    convolutions, depth = layers
+    arguments = front_arguments(state_dict, options, "aol", convolutions)
+    kernels = [state_dict[f"conv{k}.weight"].shape for k in range(convolutions)]
+    shapes = [state_dict[f"aol{k}.weight"].shape for k in range(depth)]
+    if any(shape[0] != shapes[0][0] for shape in shapes[:-1]) or any(shape[0] != kernels[0][0] for shape in kernels):
+        widths = [tuple(shape) for shape in (*kernels, *shapes)]
+        raise MissingOptionError("aol", "a model", f"hidden layers of different widths {widths}: build it and load into it")
     model = AOLNetwork(
-        inputs=shapes[0][1],
+        **(arguments | {"channels": kernels[0][0]} if kernels else {"inputs": shapes[0][1]}),
         classes=shapes[-1][0],
         features=shapes[0][0],
-        dense_depth=len(layers) - 1,
+        dense_depth=depth - 1,
         activation=activation_module(required_option(options, "activation", "aol", "relu, tanh, leaky_relu(0.1), ...")),
     ).to(state_dict["aol0.weight"].dtype)
     model.load_state_dict(state_dict)
@@ -101,6 +218,7 @@ def example_models(seed: int) -> list[nn.Module]:
     return [
         AOLNetwork(inputs=5, classes=3, features=8, dense_depth=3),
         AOLNetwork(inputs=6, classes=4, features=3, dense_depth=1, activation=nn.Softplus(2.0)),
+        AOLNetwork(image=(4, 6), in_channels=2, channels=3, conv_depth=2, pool=2, features=5, dense_depth=1, classes=3),
     ]
 
 
@@ -112,4 +230,4 @@ def new_model(inputs: int, classes: int, seed: int) -> nn.Module:
 
 @hookimpl
 def describe() -> PluginInfo:
-    return PluginInfo("AOL", "Prach & Lampert 2022, arXiv:2208.03160", "1", "AOLLinear, AOLNetwork")
+    return PluginInfo("AOL", "Prach & Lampert 2022, arXiv:2208.03160", "1", "AOLLinear, AOLConv2d, AOLNetwork")

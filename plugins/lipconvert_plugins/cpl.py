@@ -8,32 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipconvert import DAE, PluginInfo, computes_as, hookimpl, spectral_norm
+from lipconvert import DAE, PluginInfo, computes_as, hookimpl
 
-from ._residual import ResidualLinear, ResidualNetwork, residual_dae, residual_from_state_dict
+from ._residual import (
+    Residual,
+    ResidualConv2d,
+    ResidualLinear,
+    ResidualNetwork,
+    residual_dae,
+    residual_from_state_dict,
+)
 
 
-class CPLLinear(ResidualLinear):
+class _CPL(Residual):
+    def T(self, image: tuple[int, ...] = ()) -> Tensor:
+        square = self.norm(image) ** 2
+        return torch.where(square > 0, square, torch.ones_like(square)).expand(self.inner)
+
+
+class CPLLinear(_CPL, ResidualLinear):
     """x → x − (2/‖W‖²) W σ(W′x + b), 1-Lipschitz.
 
     ``CPLLinear(features, inner=None, bias=True, activation=None)``. ‖W‖ is an upper bound from a singular value
     decomposition, not a power iteration. For W = 0 the layer is the identity and T = I stands for it.
     """
 
-    def T(self) -> Tensor:
-        square = spectral_norm(self.weight) ** 2
-        return torch.where(square > 0, square, torch.ones_like(square)).expand(self.inner)
+
+class CPLConv2d(_CPL, ResidualConv2d):
+    """The same layer with a circular convolution W′, (B, features, h, w) → (B, features, h, w), 1-Lipschitz.
+
+    ``CPLConv2d(features, inner=None, kernel_size=3, bias=True, activation=None, padding_mode="circular")``. ‖W‖ is the
+    largest norm over the frequencies, exact for the images at hand: the layer depends on their size.
+    """
 
 
 class CPLNetwork(ResidualNetwork):
-    """``CPLNetwork(inputs=64, classes=10, features=64, dense_depth=2)``: pad, CPL layers, first logits; 1-Lipschitz."""
+    """``CPLNetwork(inputs=64, classes=10, features=64, dense_depth=2)``: pad, CPL layers, first logits; 1-Lipschitz.
 
-    layer, prefix = CPLLinear, "cpl"
+    With convolutions: ``CPLNetwork(image=32, channels=8, inner=5, conv_depth=4, ...)``, see `ResidualNetwork`.
+    """
+
+    linear, conv, prefix = CPLLinear, CPLConv2d, "cpl"
 
 
 @hookimpl
-def to_dae(model: nn.Module) -> DAE | None:
-    return residual_dae(model) if computes_as(model, CPLLinear) else None
+def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool) -> DAE | None:
+    return residual_dae(model, input_shape, dense) if computes_as(model, _CPL) else None
 
 
 @hookimpl
@@ -47,6 +67,7 @@ def example_models(seed: int) -> list[nn.Module]:
     return [
         CPLNetwork(inputs=5, classes=3, features=6, dense_depth=3, dense_inner=4),
         CPLNetwork(inputs=2, classes=2, dense_depth=4, activation=nn.LeakyReLU(0.1)),  # deeper than wide
+        CPLNetwork(image=(5, 4), in_channels=2, channels=2, conv_depth=2, pool=1, features=40, dense_depth=1, classes=3),
     ]
 
 
@@ -58,4 +79,4 @@ def new_model(inputs: int, classes: int, seed: int) -> nn.Module:
 
 @hookimpl
 def describe() -> PluginInfo:
-    return PluginInfo("CPL", "Meunier et al. 2022, arXiv:2110.12690", "1", "CPLLinear, CPLNetwork")
+    return PluginInfo("CPL", "Meunier et al. 2022, arXiv:2110.12690", "1", "CPLLinear, CPLConv2d, CPLNetwork")

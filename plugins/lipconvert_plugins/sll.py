@@ -10,40 +10,59 @@ from torch import Tensor, nn
 
 from lipconvert import DAE, PluginInfo, computes_as, hookimpl
 
-from ._residual import ResidualLinear, ResidualNetwork, residual_dae, residual_from_state_dict
+from ._residual import (
+    Residual,
+    ResidualConv2d,
+    ResidualLinear,
+    ResidualNetwork,
+    residual_dae,
+    residual_from_state_dict,
+)
 
 
-class SLLLinear(ResidualLinear):
+class _SLL(Residual):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.log_q = nn.Parameter(torch.zeros(self.inner))
+
+    def T(self, image: tuple[int, ...] = ()) -> Tensor:
+        # The differences, not q itself: T does not change when q is scaled, and no q underflows to 0/0. Where a column is
+        # orthogonal to another one, their ratio does not matter, however large.
+        gram = self.gram()
+        ratio = (self.log_q - self.log_q.unsqueeze(-1)).masked_fill(gram == 0, 0.0).exp()
+        T = (gram * ratio).sum(-1)
+        return torch.where(T > 0, T, torch.ones_like(T))
+
+
+class SLLLinear(_SLL, ResidualLinear):
     """x → x − 2WT⁻¹σ(W′x + b) with T_ii = Σ_j |W′W|_ij q_j/q_i, 1-Lipschitz. (paper eq. 9)
 
     ``SLLLinear(features, inner=None, bias=True, activation=None)``. q = exp(``log_q``) as in the authors' later code; the
     paper's own uses |q|. A zero column of W makes T_ii = 0: the neuron is dead, and T_ii = 1 stands for it (FORMULAS 2).
     """
 
-    def __init__(
-        self, features: int, inner: int | None = None, bias: bool = True, activation: nn.Module | None = None
-    ) -> None:
-        super().__init__(features, inner, bias, activation)
-        self.log_q = nn.Parameter(torch.zeros(self.inner))
 
-    def T(self) -> Tensor:
-        # The differences, not q itself: T does not change when q is scaled, and no q underflows to 0/0. Where a column is
-        # orthogonal to another one, their ratio does not matter, however large.
-        gram = (self.weight @ self.weight.mT).abs()
-        ratio = (self.log_q - self.log_q.unsqueeze(-1)).masked_fill(gram == 0, 0.0).exp()
-        T = (gram * ratio).sum(-1)
-        return torch.where(T > 0, T, torch.ones_like(T))
+class SLLConv2d(_SLL, ResidualConv2d):
+    """The same layer with a circular convolution W′, (B, features, h, w) → (B, features, h, w), 1-Lipschitz.
+
+    ``SLLConv2d(features, inner=None, kernel_size=3, bias=True, activation=None, padding_mode="circular")``.
+    T_i = Σ_j q_j/q_i Σ_s |C_ij[s]| for the autocorrelation C of the kernel, q per channel: independent of the image's size.
+    """
 
 
 class SLLNetwork(ResidualNetwork):
-    """``SLLNetwork(inputs=64, classes=10, features=64, dense_depth=2)``: pad, SLL layers, first logits; 1-Lipschitz."""
+    """``SLLNetwork(inputs=64, classes=10, features=64, dense_depth=2)``: pad, SLL layers, first logits; 1-Lipschitz.
 
-    layer, prefix = SLLLinear, "sll"
+    The paper's CIFAR-10 network: ``SLLNetwork(channels=8, inner=5, conv_depth=4, features=512, dense_depth=2, image=32,
+    classes=10)``; see `ResidualNetwork` for the arguments.
+    """
+
+    linear, conv, prefix = SLLLinear, SLLConv2d, "sll"
 
 
 @hookimpl
-def to_dae(model: nn.Module) -> DAE | None:
-    return residual_dae(model) if computes_as(model, SLLLinear) else None
+def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool) -> DAE | None:
+    return residual_dae(model, input_shape, dense) if computes_as(model, _SLL) else None
 
 
 @hookimpl
@@ -57,6 +76,9 @@ def example_models(seed: int) -> list[nn.Module]:
     return [
         SLLNetwork(inputs=5, classes=3, features=7, dense_depth=3, dense_inner=9),
         SLLNetwork(inputs=4, classes=2, dense_depth=1, activation=nn.Tanh()),
+        SLLNetwork(
+            image=(6, 4), in_channels=2, channels=3, inner=2, conv_depth=2, pool=2, dense_depth=1, dense_inner=5, classes=3
+        ),
     ]
 
 
@@ -68,4 +90,4 @@ def new_model(inputs: int, classes: int, seed: int) -> nn.Module:
 
 @hookimpl
 def describe() -> PluginInfo:
-    return PluginInfo("SLL", "Araujo et al. 2023, arXiv:2303.03169", "1", "SLLLinear, SLLNetwork")
+    return PluginInfo("SLL", "Araujo et al. 2023, arXiv:2303.03169", "1", "SLLLinear, SLLConv2d, SLLNetwork")
