@@ -300,11 +300,6 @@ class Activations:
         del samples
         return self
 
-    def select(self, keep: Tensor) -> Activations:
-        """The rows where the boolean mask ``keep`` (n,) is true."""
-        parts = keep.split([size for _, size in self.runs]) if self.runs else ()
-        return Activations.of((a, int(part.sum())) for (a, _), part in zip(self.runs, parts, strict=True))
-
     def __call__(self, v: Tensor) -> Tensor:
         """σ(v), (B, n, ...) → (B, n, ...)."""
         return self._apply(v, lambda activation, part: activation(part))

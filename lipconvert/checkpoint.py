@@ -79,15 +79,16 @@ def load(path: str | Path) -> Network:
         manifest = Manifest.model_validate(json.loads(text))
     except (json.JSONDecodeError, pydantic.ValidationError) as error:
         raise CheckpointError(name, f"metadata {KEY!r}", str(error)) from error
+    dtype = getattr(torch, manifest.dtype)
     steps: list[nn.Module] = []
     for index, entry in enumerate(manifest.steps):
         if isinstance(entry, StageEntry):
             _require_sizes(entry, index, tensors, name)  # before anything of the size it claims is made
         try:
-            steps.append(_stage(entry) if isinstance(entry, StageEntry) else _glue(entry))
+            steps.append(_stage(entry, dtype) if isinstance(entry, StageEntry) else _glue(entry))
         except (LipconvertError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(name, f"manifest step {index}", str(error)) from error
-    net = Network(steps, [None] * len(steps), manifest.input_shape).to(getattr(torch, manifest.dtype)).eval()
+    net = Network(steps, [None] * len(steps), manifest.input_shape).to(dtype).eval()
     _fill(net, tensors, name)
     return net
 
@@ -129,8 +130,8 @@ def _stage_entry(stage: LBEN) -> StageEntry:
     )
 
 
-def _stage(entry: StageEntry) -> LBEN:
-    return LBEN.unfilled(
+def _stage(entry: StageEntry, dtype: torch.dtype) -> LBEN:
+    return LBEN(
         entry.inputs,
         entry.states,
         entry.outputs,
@@ -140,6 +141,8 @@ def _stage(entry: StageEntry) -> LBEN:
         blocks=entry.blocks,
         name=entry.name,
         image=entry.image,
+        dtype=dtype,
+        fill=False,
     )
 
 

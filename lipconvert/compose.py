@@ -6,7 +6,6 @@ the closed-form V of the whole: the paper's (16), or the corrected (23).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from .activations import Activation, Activations
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
-from .spectrum import DENSE, Grid, psd_sqrt, require_finite, spectral_norm, triangular_factor
+from .spectrum import DENSE, Grid, add_product, psd_sqrt, require_finite, spectral_norm, triangular_factor
 
 # States up to which images are expanded into dense matrices: 128 MB for each, and a conversion holds a dozen.
 MOST_DENSE = 4096
@@ -60,7 +59,7 @@ def elementwise(activation: Activation | str, size: int, name: str = "activation
 def max_min(size: int, name: str = "maxmin", grid: Grid = DENSE) -> DAE:
     """`MaxMin` on ``size`` coordinates (a, b) as one residual step: z = [v; s], v = x, s = relu(b − a), y = (a + s, b − s).
 
-        W = [[0, 0], [w′, 0]],  U = [I; 0],  G = [I, −w],  w′ = [−I, I],  Λ = I,  L = 1;  H = 0 since w′w = 2I = T   (FORMULAS 1.2)
+        W = [[0, 0], [w′, 0]],  U = [I; 0],  G = [I, −w],  w′ = [−I, I],  Λ = I,  L = 1,  H = 0, w′w = 2I = T  (FORMULAS 1.2)
 
     Raises `ShapeError` for an odd size.
     """
@@ -98,11 +97,12 @@ def coarsen(dae: DAE, rows: int, columns: int) -> DAE:
         # y[rows·s + a] = Σ_t K[t] x[rows·s + a + t]: phase a of the output reads the kernel rolled by a
         K = fine.kernels(M)
         rolled = [torch.roll(K, (a, b), (2, 3)) for a in range(rows) for b in range(columns)]
-        split = torch.stack(rolled, 1).reshape(len(K) * phases, K.shape[1], coarse.image[0], rows, coarse.image[1], columns)
+        split = torch.stack(rolled, 1).reshape(
+            len(K) * phases, K.shape[1], coarse.image[0], rows, coarse.image[1], columns
+        )
         return coarse.matrices(split.permute(0, 1, 3, 5, 2, 4).reshape(len(split), K.shape[1] * phases, *coarse.image))
 
-    return replace(
-        dae,
+    return dae.derive(
         W=polyphase(dae.W),
         U=polyphase(dae.U),
         G=polyphase(dae.G),
@@ -128,7 +128,7 @@ def densify(dae: DAE) -> DAE:
         raise ShapeError(f"the dense form of {dae.name!r}", f"at most {MOST_DENSE} states", f"{states} states")
     flat = coarsen(dae, *dae.grid.image)
     W, U, G, V = (None if M is None else M.real[0] for M in (flat.W, flat.U, flat.G, flat.V))
-    return replace(flat, W=W, U=U, G=G, V=V, grid=DENSE)
+    return flat.derive(W=W, U=U, G=G, V=V, grid=DENSE)
 
 
 def compose(*daes: DAE) -> DAE:
@@ -149,22 +149,21 @@ def _compose(f: DAE, g: DAE) -> DAE:
     if f.output_shape != g.input_shape:
         raise ShapeError(f"the output of {f.name!r}", f"the input of {g.name!r}: {g.input_shape}", f.output_shape)
     n, m = f.states, g.states
-    zeros = f.W.new_zeros
-    batch = f.grid.batch
+    zeros, batch = f.W.new_zeros, f.grid.batch
+    W = zeros(*batch, n + m, n + m)
+    W[..., :n, :n], W[..., n:, :n], W[..., n:, n:] = f.W, g.U @ f.G, g.W
     V = None
     if f.V is not None and g.V is not None:
-        link = torch.cat([g.lipschitz * f.G, -(g.Lambda.unsqueeze(-1) * g.U).mH], dim=-1)
-        V = _stack_rows(
-            torch.cat([g.lipschitz**0.5 * f.V, zeros(*batch, f.V.shape[-2], m)], dim=-1),
-            torch.cat([zeros(*batch, g.V.shape[-2], n), g.V / f.lipschitz**0.5], dim=-1),
-            # A product, not a quotient: where G and the next layer cancel, they then do so exactly.
-            link * (2.0 * f.lipschitz * g.lipschitz) ** -0.5,
-        )
-    return DAE(
-        W=torch.cat(
-            [torch.cat([f.W, zeros(*batch, n, m)], dim=-1), torch.cat([g.U @ f.G, g.W], dim=-1)],
-            dim=-2,
-        ),
+        r, s = f.V.shape[-2], g.V.shape[-2]
+        V = zeros(*batch, r + s + f.outputs, n + m)
+        V[..., :r, :n], V[..., r : r + s, n:] = g.lipschitz**0.5 * f.V, g.V / f.lipschitz**0.5
+        # A product, not a quotient: where G and the next layer cancel, they then do so exactly.
+        factor = (2.0 * f.lipschitz * g.lipschitz) ** -0.5
+        V[..., r + s :, :n] = g.lipschitz * f.G * factor
+        V[..., r + s :, n:] = -(g.Lambda.unsqueeze(-1) * g.U).mH * factor
+        V = _stack_rows(V)
+    return f.derive(
+        W=W,
         U=torch.cat([f.U, zeros(*batch, m, f.inputs)], dim=-2),
         G=torch.cat([zeros(*batch, g.outputs, n), g.G], dim=-1),
         Lambda=torch.cat([g.lipschitz * f.Lambda, g.Lambda / f.lipschitz]),
@@ -175,7 +174,6 @@ def _compose(f: DAE, g: DAE) -> DAE:
         V=V,
         blocks=f.blocks + g.blocks,
         name=f"{f.name} > {g.name}",
-        grid=f.grid,
     )
 
 
@@ -207,33 +205,42 @@ def _without(dae: DAE, k: int, rows: slice) -> DAE | None:
     """The DAE without block k, or None when the block is needed."""
     if bool((dae.W[..., rows, rows] != 0).any()) or bool((dae.G[..., rows] @ dae.U[..., rows, :] != 0).any()):
         return None
-    keep = torch.ones(dae.states, dtype=torch.bool, device=dae.W.device)
-    keep[rows] = False
-    We, Ue = dae.W[..., rows, :][..., keep], dae.U[..., rows, :]  # z_e = We z_r + Ue x + b_e
-    be = dae.bias_z[rows]
-    into_W, into_G = dae.W[..., keep, rows], dae.G[..., rows]
-    V = None if dae.V is None else _restricted_rows(dae, dae.V, keep, rows, We, Ue)
-    return replace(
-        dae,
-        W=dae.W[..., keep, :][..., keep] + into_W @ We,
-        U=dae.U[..., keep, :] + into_W @ Ue,
-        G=dae.G[..., keep] + into_G @ We,
-        Lambda=dae.Lambda[keep],
-        b_z=dae.bias_z[keep] + _through(into_W, be),
+    We, Ue, be = (
+        _drop(dae.W[..., rows, :], rows, -1),
+        dae.U[..., rows, :],
+        dae.bias_z[rows],
+    )  # z_e = We z_r + Ue x + b_e
+    into_W, into_G = _drop(dae.W[..., rows], rows, -2), dae.G[..., rows]
+    return dae.derive(
+        W=add_product(_drop(_drop(dae.W, rows, -2), rows, -1), into_W, We),
+        U=add_product(_drop(dae.U, rows, -2), into_W, Ue),
+        G=add_product(_drop(dae.G, rows, -1), into_G, We),
+        Lambda=_drop(dae.Lambda, rows, 0),
+        b_z=_drop(dae.bias_z, rows, 0) + _through(into_W, be),
         b_y=dae.bias_y + _through(into_G, be),
-        activations=dae.sigma.select(keep),
-        V=V,
+        activations=dae.sigma[: rows.start] + dae.sigma[rows.stop :],
+        V=None if dae.V is None else _restricted_rows(dae, dae.V, rows, We, Ue),
         blocks=dae.blocks[:k] + dae.blocks[k + 1 :],
     )
 
 
-def _restricted_rows(dae: DAE, V: Tensor, keep: Tensor, rows: slice, We: Tensor, Ue: Tensor) -> Tensor:
-    reduced = V[..., keep] + V[..., rows] @ We
+def _drop(M: Tensor, rows: slice, dim: int) -> Tensor:
+    """A copy of a matrix without some rows (``dim`` −2), columns (−1), or of a vector without some entries (0)."""
+    return torch.cat([M.narrow(dim, 0, rows.start), M.narrow(dim, rows.stop, M.shape[dim] - rows.stop)], dim)
+
+
+def _restricted_rows(dae: DAE, V: Tensor, rows: slice, We: Tensor, Ue: Tensor) -> Tensor:
+    # The product is rounded before it is added: what cancels (see `_compose`) then cancels exactly.
+    reduced, reading = (
+        _drop(V, rows, -1),
+        (V[..., rows] != 0).any(-1).reshape(-1, V.shape[-2]).any(0).nonzero().flatten(),
+    )
+    reduced[..., reading, :] += V[..., reading, rows] @ We
     if not bool((Ue != 0).any()):
         return _stack_rows(reduced)
     L = dae.lipschitz
     LU = dae.Lambda.unsqueeze(-1) * dae.U
-    drift = (LU[..., keep, :] + We.mH @ LU[..., rows, :]).mH  # U′ΛE
+    drift = (_drop(LU, rows, -2) + We.mH @ LU[..., rows, :]).mH  # U′ΛE
     eye = torch.eye(dae.inputs, dtype=V.dtype, device=V.device)
     R = torch.cat([2.0**0.5 * reduced, -drift / L**0.5], dim=-2)
     N = torch.cat([2.0**0.5 * V[..., rows] @ Ue, L**0.5 * eye - LU[..., rows, :].mH @ Ue / L**0.5], dim=-2)
@@ -245,8 +252,7 @@ def scale(dae: DAE, alpha: float = 1.0, beta: float = 1.0) -> DAE:
     if not (alpha > 0.0 and beta > 0.0):
         raise InvalidParameterError("alpha, beta", (alpha, beta), "both scales must be positive")
     ratio = beta / alpha
-    return replace(
-        dae,
+    return dae.derive(
         U=alpha * dae.U,
         G=beta * dae.G,
         b_y=beta * dae.bias_y,
@@ -279,7 +285,7 @@ def absorb(dae: DAE, P: Tensor | None = None, C: Tensor | None = None) -> DAE:
         root = psd_sqrt(_identity_like(C.mH @ C) - C.mH @ C, f"I - C'C behind {dae.name!r}", scale=1.0)
         rows.append(root @ G / (2.0 * L) ** 0.5)
         G, b_y = C @ G, _through(C, b_y)
-    return replace(dae, U=U, G=G, b_y=b_y, V=None if dae.V is None else _stack_rows(*rows))
+    return dae.derive(U=U, G=G, b_y=b_y, V=None if dae.V is None else _stack_rows(*rows))
 
 
 def gauge(dae: DAE, D: Tensor | None = None) -> DAE:
@@ -294,8 +300,7 @@ def gauge(dae: DAE, D: Tensor | None = None) -> DAE:
     D = dae.Lambda.sqrt() if D is None else D.to(dae.Lambda)
     if tuple(D.shape) != (dae.states,) or not bool((D > 0).all()):
         raise InvalidParameterError("D", tuple(D.shape), f"it must hold {dae.states} positive numbers")
-    return replace(
-        dae,
+    return dae.derive(
         W=D.unsqueeze(-1) * dae.W / D,
         U=D.unsqueeze(-1) * dae.U,
         G=dae.G / D,
@@ -323,9 +328,10 @@ def _through(M: Tensor, b: Tensor) -> Tensor:
 
 def _stack_rows(*parts: Tensor) -> Tensor:
     """Rows on top of one another, those that are exactly zero left out, at most n of them with the same V′V."""
-    rows = torch.cat(parts, dim=-2)
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
     alive = (rows != 0).any(dim=-1)
     if alive.dim() > 1:
         alive = alive.flatten(0, -2).any(0)
-    rows = rows[..., alive, :]
+    if not bool(alive.all()):
+        rows = rows[..., alive, :]
     return triangular_factor(rows) if rows.shape[-2] > rows.shape[-1] else rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
-from .spectrum import least_eigenvalue, roundoff
+from .spectrum import add_product, least_eigenvalue, roundoff
 from .state_map import StateMap, falling_weights
 
 
@@ -24,7 +24,9 @@ def X_matrix(dae: DAE, Lambda: Tensor | None = None) -> Tensor:
     """X(Λ) = 2Λ − ΛW − W′Λ, (..., n, n), float64. Λ defaults to the DAE's own. (FORMULAS 0.2)"""
     Lambda = dae.Lambda if Lambda is None else Lambda
     LW = Lambda.unsqueeze(-1) * dae.W
-    return 2.0 * torch.diag(Lambda) - LW - LW.mH
+    X = (LW + LW.mH).neg_()
+    X.diagonal(dim1=-2, dim2=-1).add_(2.0 * Lambda)
+    return X
 
 
 def H_matrix(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Tensor:
@@ -32,13 +34,14 @@ def H_matrix(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = N
     Lambda = dae.Lambda if Lambda is None else Lambda
     L = dae.lipschitz if lipschitz is None else lipschitz
     LU = Lambda.unsqueeze(-1) * dae.U
-    return X_matrix(dae, Lambda) - (dae.G.mH @ dae.G + LU @ LU.mH) / L
+    H = add_product(X_matrix(dae, Lambda), dae.G.mH, dae.G, alpha=-1.0 / L)
+    return add_product(H, LU, LU.mH, alpha=-1.0 / L)
 
 
 def unit_gauge(M: Tensor, Lambda: Tensor) -> Tensor:
     """Λ^{-1/2} M Λ^{-1/2}, (..., n, n): the matrix in the gauge Λ = I (FORMULAS L4)."""
     root = Lambda.rsqrt()
-    return root.unsqueeze(-1) * M * root
+    return (root.unsqueeze(-1) * M).mul_(root)
 
 
 def H_scale(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None) -> float:
@@ -46,10 +49,9 @@ def H_scale(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = No
     Lambda = dae.Lambda if Lambda is None else Lambda
     L = dae.lipschitz if lipschitz is None else lipschitz
     root = Lambda.sqrt()
-    W = root.unsqueeze(-1) * dae.W / root
-    terms = (2.0 * W, dae.G / root / L**0.5, root.unsqueeze(-1) * dae.U / L**0.5)
+    terms = ((root.unsqueeze(-1) * dae.W).div_(root), dae.G / root, root.unsqueeze(-1) * dae.U)
     norms = [float(torch.linalg.matrix_norm(term).amax()) for term in terms]
-    return 2.0 + norms[0] + norms[1] ** 2 + norms[2] ** 2
+    return 2.0 + 2.0 * norms[0] + (norms[1] ** 2 + norms[2] ** 2) / L
 
 
 @dataclass(frozen=True)

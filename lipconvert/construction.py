@@ -10,7 +10,7 @@ S = −ΛW/2 and the paper's S = M/2 have the same S − S′; ours keeps the ze
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from .conditions import H_matrix, H_scale, strict_multiplier, unit_gauge
 from .dae import DAE
 from .errors import InvalidParameterError, NotPSDError
-from .spectrum import least_eigenvalue, psd_sqrt, roundoff, triangular_factor
+from .spectrum import add_product, gram, least_eigenvalue, psd_sqrt, roundoff, triangular_factor
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
     if closed_form:
         assert dae.V is not None
         V = triangular_factor(dae.V) if dae.V.shape[-2] > dae.states else dae.V
-        error = float(torch.linalg.matrix_norm(unit_gauge(2.0 * V.mH @ V - H, Lambda)).amax()) if H.numel() else 0.0
+        excess = add_product(H, V.mH, V, alpha=2.0, beta=-1.0)  # 2V'V - H; H is not needed any more
+        error = float(torch.linalg.matrix_norm(unit_gauge(excess, Lambda)).amax()) if H.numel() else 0.0
         if error > tolerance:
             _require_psd(dae, least_eigenvalue(gauged), tolerance)
             raise InvalidParameterError(
@@ -75,14 +76,14 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
         margin = least_eigenvalue(gauged)
         _require_psd(dae, margin, tolerance)
         V = _root(dae, H, epsilon, scale)
-    S = -0.5 * Lambda.unsqueeze(-1) * dae.W
+    S = (-0.5 * Lambda).unsqueeze(-1) * dae.W
     return Parameters(Lambda.reciprocal(), dae.G, dae.U, V, S, epsilon, dae.lipschitz, closed_form, margin)
 
 
 def _inflated(dae: DAE, delta: float) -> DAE:
     """The DAE at L(1 + δ) with the strict multiplier, or with its own Λ, which always does, where that has more margin."""
     candidates = [
-        replace(dae, Lambda=Lambda, lipschitz=dae.lipschitz * (1.0 + delta), V=None)
+        dae.derive(Lambda=Lambda, lipschitz=dae.lipschitz * (1.0 + delta), V=None)
         for Lambda in (strict_multiplier(dae, delta), dae.Lambda)
     ]
     return max(candidates, key=lambda d: least_eigenvalue(unit_gauge(H_matrix(d), d.Lambda)))
@@ -122,6 +123,6 @@ def assemble(Psi: Tensor, G: Tensor, U: Tensor, V: Tensor, S: Tensor, epsilon: f
     W = I − Ψ( G′G/2L + Ψ⁻¹UU′Ψ⁻¹/2L + V′V + S − S′ + εI ) = I − ΨG′G/2L − UU′Ψ⁻¹/2L − Ψ(V′V + S − S′ + εI)
     """
     eye = torch.eye(Psi.shape[-1], dtype=Psi.dtype, device=Psi.device)
-    PU = U / Psi.unsqueeze(-1)
-    inner = (G.mH @ G + PU @ PU.mH) / (2.0 * lipschitz) + V.mH @ V + (S - S.mH) + epsilon * eye
+    half = (2.0 * lipschitz) ** -0.5
+    inner = gram(half * G, half * (U / Psi.unsqueeze(-1)).mH, V) + (S - S.mH) + epsilon * eye
     return eye - Psi.unsqueeze(-1) * inner

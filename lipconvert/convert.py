@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import nn
 
@@ -41,7 +40,7 @@ def to_dae(
             result, dae = densify(result), densify(dae)
         result = dae if result is None else eliminate(compose(result, dae))
     assert result is not None
-    return replace(result, name=type(model).__name__)
+    return result.derive(name=type(model).__name__)
 
 
 def _flat_dae(step: Step) -> DAE:

@@ -9,7 +9,8 @@ A skip connection is a row whose activation is the identity, so no feed-through 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from .activations import Activations
 from .errors import InvalidParameterError, ShapeError
 from .spectrum import DENSE, Grid, require_finite
+
+_TENSORS = ("W", "U", "G", "Lambda", "b_z", "b_y", "V")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +60,30 @@ class DAE:
     grid: Grid = DENSE
 
     def __post_init__(self) -> None:
+        self._admit(_TENSORS, copy=True)
+
+    def derive(self, **changes: Any) -> DAE:
+        """This DAE with other values in some fields, checked like a new one, without copies: the tensors are given away."""
+        new = object.__new__(DAE)
+        for field in fields(DAE):
+            object.__setattr__(new, field.name, changes.get(field.name, getattr(self, field.name)))
+        new._admit(tuple(name for name in _TENSORS if name in changes), copy=False)
+        return new
+
+    def _admit(self, names: tuple[str, ...], copy: bool) -> None:
+        """Bring the named tensors to double precision and check everything."""
+
         def put(field: str, value: object) -> None:
             object.__setattr__(self, field, value)
 
-        for field in ("W", "U", "G", "Lambda", "b_z", "b_y", "V"):
+        for field in names:
             tensor = getattr(self, field)
             if tensor is None:
                 continue
             if not isinstance(tensor, Tensor):
                 raise ShapeError(self._at(field), "a torch.Tensor", type(tensor).__name__)
             wide = torch.complex128 if tensor.is_complex() else torch.float64
-            put(field, tensor.detach().to(wide, copy=True))
+            put(field, tensor.detach().to(wide, copy=copy))
             require_finite(tensor, self._at(field))
             if tensor.is_complex() and (field.startswith("b_") or not self.W.is_complex()):
                 raise ShapeError(self._at(field), "real entries", tensor.dtype)

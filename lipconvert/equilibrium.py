@@ -43,8 +43,9 @@ class Status(IntEnum):
 class Solution:
     """The states found and how it went, sample by sample.
 
-    ``value`` (B, n), or (B, n, F) on a grid; ``residual`` (B,): ‖z − σ(Wz + u)‖₂ or an upper bound of it; ``scale`` (B,): ‖z‖ + ‖u‖ + ‖Wz‖
-    (without ‖Wz‖ after forward substitution), which the tolerance refers to; ``steps`` (B,) iterations (1 for forward
+    ``value`` (B, n), or (B, n, F) on a grid; ``residual`` (B,): ‖z − σ(Wz + u)‖₂ or an upper bound of it; ``scale`` (B,):
+    ‖z‖ + ‖u‖ + ‖Wz‖
+    (‖z‖ alone after forward substitution), which the tolerance refers to; ``steps`` (B,) iterations (1 for forward
     substitution); ``status`` (B,) of `Status`; ``method``: the method that ran, ``"sweep, peaceman_rachford"`` when a
     second one took over.
     """
@@ -102,7 +103,8 @@ NEARLY_TRIANGULAR = 0.5
 def solve(
     map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions = DEFAULT, where: str = "equilibrium"
 ) -> Solution:
-    """Solve z = σ(Wz + u) for a batch u (B, n), or (B, n, F) on the map's grid; see `SolverOptions` and `Solution`. Not differentiable by itself.
+    """Solve z = σ(Wz + u) for a batch u (B, n), or (B, n, F) on the map's grid; see `SolverOptions` and `Solution`. Not
+    differentiable by itself.
 
     ``where`` names the equilibrium in messages. Raises `NotConvergedError` (with the solution so far) unless
     ``options.throw`` is False, `ShapeError` for a u that does not fit, `InvalidParameterError` for a dtype below float32.
@@ -113,7 +115,9 @@ def solve(
         raise InvalidParameterError(f"the dtype of {where}", u.dtype, "equilibria are solved in float32 or float64")
     tolerance = options.tolerance or TOLERANCE[u.real.dtype]
     if options.method == "newton" and map.grid:
-        raise InvalidParameterError("method", "'newton'", "on images its linear systems couple all pixels; take another")
+        raise InvalidParameterError(
+            "method", "'newton'", "on images its linear systems couple all pixels; take another"
+        )
     with torch.no_grad():
         u = u.detach()
         solution = _dispatch(map, _in_coordinates(map.grid, sigma), u, options, tolerance)
@@ -125,15 +129,19 @@ def solve(
 
 def _dispatch(map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions, tolerance: float) -> Solution:
     method = options.method
-    if method == "auto" and map.remainder <= tolerance:
-        method = "forward_substitution"
-    if method == "forward_substitution":
-        z, residual = forward_substitution(map, sigma, u)
-        return _report(map, z, residual, u, torch.ones_like(residual, dtype=torch.long), tolerance, method)
     solution: Solution | None = None
+    start = torch.zeros_like(u)
+    if method == "forward_substitution" or (method == "auto" and map.remainder <= tolerance):
+        z = forward_substitution(map, sigma, u)
+        size = map.norm(z)
+        return _report(z, map.remainder * size, size, torch.ones_like(size).long(), tolerance, "forward_substitution")
+    if method in ("auto", "sweep") and map.remainder <= NEARLY_TRIANGULAR:
+        start = forward_substitution(map, sigma, u)
+    if method == "auto" and map.remainder <= 100.0 * tolerance:  # it may do, though the bound does not say so
+        steps = torch.ones(len(u), dtype=torch.long, device=u.device)
+        solution = _evaluated(map, sigma, u, start, steps, tolerance, "forward_substitution")
     for iteration, max_steps in _plan(method, map, options.max_steps):
         if solution is None:
-            start = forward_substitution(map, sigma, u)[0] if iteration.name == "sweep" else torch.zeros_like(u)
             solution = _iterate(iteration, map, sigma, u, start, max_steps, tolerance)
         elif not bool(solution.converged.all()):
             solution = _retry(solution, iteration, map, sigma, u, max_steps, tolerance)
@@ -222,17 +230,21 @@ def _iterate(
             state, active_sigma = tuple(part[go] for part in state), active_sigma.take(go)
     if samples.numel():
         value[samples] = z
+    return _evaluated(map, sigma, u, value, steps, tolerance, iteration.name)
+
+
+def _evaluated(
+    map: StateMap, sigma: Elementwise, u: Tensor, value: Tensor, steps: Tensor, tolerance: float, method: str
+) -> Solution:
+    """A solution with its residual, evaluated afresh."""
     Wz = map.apply(value)
     residual = map.norm(value - sigma(Wz + u))
-    return _report(map, value, residual, u, steps, tolerance, iteration.name, Wz)
+    # ‖Wz‖ belongs to the scale: the round-off of evaluating Wz + u is proportional to it.
+    scale = map.norm(value) + map.norm(u) + map.norm(Wz)
+    return _report(value, residual, scale, steps, tolerance, method)
 
 
-def _report(
-    map: StateMap, z: Tensor, residual: Tensor, u: Tensor, steps: Tensor, tolerance: float, method: str, Wz: Tensor | None = None
-) -> Solution:
-    # ‖Wz‖ belongs to the scale where it is at hand: the round-off of evaluating Wz + u is proportional to it.
-    terms = (z, u) if Wz is None else (z, u, Wz)
-    scale = torch.stack([map.norm(term) for term in terms]).sum(0)
+def _report(z: Tensor, residual: Tensor, scale: Tensor, steps: Tensor, tolerance: float, method: str) -> Solution:
     status = torch.where(residual <= tolerance * scale, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(torch.isfinite(residual), status, int(Status.DIVERGED))
     return Solution(z, residual, scale, steps, status, method)
@@ -383,8 +395,9 @@ def equilibrium(
 ) -> Tensor:
     """The equilibrium z = σ(Wz + u) as a differentiable function of W (n, n) and u (B, n); returns z (B, n).
 
-    On the grid of ``map`` W is (F, n, n), u and z are coordinates (B, n, F). ``map``: a `StateMap` of the same W, to reuse its factorisations; built when None. The backward pass is one adjoint
-    solve, so memory does not depend on the number of steps; second derivatives are not available and raise.
+    On the grid of ``map`` W is (F, n, n), u and z are coordinates (B, n, F). ``map``: a `StateMap` of the same W, to reuse
+    its factorisations; built when None, dense. The backward pass is one adjoint solve, so memory does not depend on the
+    number of steps; second derivatives are not available and raise.
     Raises `NotConvergedError` (forward or adjoint) and `ShapeError`.
     """
     return _Equilibrium.apply(W, u, StateMap(W) if map is None else map, sigma, options, where)  # type: ignore[no-any-return]

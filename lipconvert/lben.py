@@ -47,12 +47,20 @@ class LBEN(nn.Module):
     ``lipschitz``: L. ``epsilon``: ε ≥ 0; with ε > 0 it is well-posed for all parameters (H ≻ 0, Proposition 2.2), with
     ε = 0 only as long as (3) holds (`lipconvert.check`). ``activation``: one for all states, or `Activations`.
     ``blocks``: sizes of the groups of states that substitution and sweeps go by, one group by default. ``options``: how its
-    equilibria are solved.
+    equilibria are solved. ``fill=False`` leaves the parameters unset, for those who write them all.
 
     Parameters: log_psi (n,), G (q, n), U (n, p), V (n, n), S (n, n), b_z (n,), b_y (q,). With an image G, U, V and S are
     real kernels of its size, G (q, n, h, w) and so on (`Grid.kernels`): every value of them is an L-Lipschitz network.
     Forward raises `ShapeError` for inputs that do not fit and `NotConvergedError`.
     """
+
+    log_psi: nn.Parameter
+    G: nn.Parameter
+    U: nn.Parameter
+    V: nn.Parameter
+    S: nn.Parameter
+    b_z: nn.Parameter
+    b_y: nn.Parameter
 
     def __init__(
         self,
@@ -67,6 +75,9 @@ class LBEN(nn.Module):
         options: SolverOptions = DEFAULT,
         name: str = "lben",
         image: Sequence[int] = (),
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        fill: bool = True,
     ) -> None:
         super().__init__()
         for label, size in (("in_features", in_features), ("states", states), ("out_features", out_features)):
@@ -87,15 +98,20 @@ class LBEN(nn.Module):
         self.blocks = _blocks((states,) if blocks is None else blocks, states)
         self.grid = Grid(tuple(image))
         self.input_shape = (in_features, *self.grid.image)
-        self.log_psi = nn.Parameter(torch.zeros(states))
-        self.G = nn.Parameter(torch.empty(out_features, states, *self.grid.image))
-        self.U = nn.Parameter(torch.empty(states, in_features, *self.grid.image))
-        self.V = nn.Parameter(torch.empty(states, states, *self.grid.image))
-        self.S = nn.Parameter(torch.empty(states, states, *self.grid.image))
-        self.b_z = nn.Parameter(torch.zeros(states))
-        self.b_y = nn.Parameter(torch.zeros(out_features))
+        shapes = {
+            "log_psi": (states,),
+            "G": (out_features, states, *self.grid.image),
+            "U": (states, in_features, *self.grid.image),
+            "V": (states, states, *self.grid.image),
+            "S": (states, states, *self.grid.image),
+            "b_z": (states,),
+            "b_y": (out_features,),
+        }
+        for key, shape in shapes.items():
+            setattr(self, key, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._inference: _Assembled | None = None
-        self.reset_parameters()
+        if fill:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Random weights of size 1/√fan-in; Ψ = I, zero biases."""
@@ -105,17 +121,11 @@ class LBEN(nn.Module):
             nn.init.zeros_(bias)
 
     @classmethod
-    def unfilled(cls, *sizes: int, **options: Any) -> LBEN:
-        """``LBEN(...)`` whose random start will be overwritten: nobody's random numbers are used up by it."""
-        with torch.random.fork_rng(devices=[]):
-            return cls(*sizes, **options)
-
-    @classmethod
     def from_dae(cls, dae: DAE, epsilon: float = 0.0, delta: float = 0.0, options: SolverOptions = DEFAULT) -> LBEN:
         """The LBEN with the same function and constant as a DAE, in float64; see `lipconvert.construction.construct`."""
         P = construct(dae, epsilon, delta)
         require_finite(P.Psi, f"Ψ = 1/Λ of {dae.name!r}")
-        self = cls.unfilled(
+        self = cls(
             dae.inputs,
             dae.states,
             dae.outputs,
@@ -126,7 +136,10 @@ class LBEN(nn.Module):
             options=options,
             name=dae.name,
             image=dae.grid.image,
-        ).to(device=dae.W.device, dtype=torch.float64)
+            device=dae.W.device,
+            dtype=torch.float64,
+            fill=False,
+        )
         with torch.no_grad():
             kernels = dae.grid.kernels
             self.V.zero_()
@@ -215,7 +228,7 @@ class LBEN(nn.Module):
         )
         if self._inference is None or self._inference.key != key:
             with torch.no_grad():
-                W, U, G = self.matrices()
+                W, U, G = (M.detach() for M in self.matrices())
                 map = StateMap(W, self.blocks, self.Psi.reciprocal(), grid=self.grid)
                 driven = (self.U != 0).flatten(1).any(1).nonzero().flatten()
             rows = slice(int(driven[0]), int(driven[-1]) + 1) if len(driven) else slice(0, 0)
@@ -283,7 +296,7 @@ class LBEN(nn.Module):
         else:
             if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
                 W, U, G = self.matrices()
-                map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid)
+                map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid, kept=False)
             else:
                 map, U, G = self.state_map(), self.grid.matrices(self.U), self._assembled().G
                 W = map.W
@@ -316,7 +329,7 @@ class LBEN(nn.Module):
         return (
             f"{self.U.shape[1]} inputs, {len(self.b_z)} states, {len(self.b_y)} outputs, "
             + (f"{self.grid.image[0]}x{self.grid.image[1]} pixels, " if self.grid else "")
-            +             f"L={self.lipschitz:g}, epsilon={self.epsilon:g}, {self.sigma!r}"
+            + f"L={self.lipschitz:g}, epsilon={self.epsilon:g}, {self.sigma!r}"
         )
 
 

@@ -138,7 +138,7 @@ class Registry:
         return [plugin.name for plugin in self.plugins() if plugin.error is None]
 
     def ask(self, name: str, hook: str, **arguments: Any) -> Any:
-        """One plugin's answer to one hook, None where it does not implement it.
+        """One plugin's answer to one hook, None where it does not implement it; ``dense`` of ``to_dae`` may be left out.
 
         Raises `PluginError` for an unknown or refused plugin, or when the implementation itself fails.
         """
@@ -148,6 +148,8 @@ class Registry:
             raise PluginError(name, f"{reason}. Loaded plugins: {', '.join(self.names()) or 'none'}.")
         others = [p for other, p in self._manager.list_name_plugin() if other != name and p is not None]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
+        if hook == "to_dae":
+            arguments.setdefault("dense", False)
         try:
             answers = caller(**arguments)
         except LipconvertError:

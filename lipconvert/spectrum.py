@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class Grid:
         return torch.fft.irfft2(spectrum.reshape(*M.shape[1:], self.image[0], self._half), s=self.image)
 
     def convolution(self, weight: Tensor, origin: tuple[int, int] | None = None) -> Tensor:
-        """The matrices (F, out, in) of circular `conv2d_same` with a weight (out, in, k, k) of any size; (out, in) on Grid()."""
+        """The matrices (F, out, in) of circular `conv2d_same` with a weight (out, in, k, k); a dense (out, in) as it is."""
         if not self.image:
             return weight
         return self.matrices(fold(weight, self.image, origin))
@@ -156,8 +157,9 @@ class Grid:
         """The l2 norm of each channel of each sample, from coordinates: (B, n[, F]) → (B, n)."""
         if not self.image:
             return X.abs()
-        power = torch.view_as_real(self.columns(X)).square().sum(-1)  # (F, n, B)
-        return torch.tensordot(self.weights(X), power, dims=1).sqrt().mT
+        parts = torch.view_as_real(self.columns(X)).flatten(1)  # one matrix-vector product sums over the frequencies
+        power = self.weights(X) @ parts.square()
+        return power.reshape(X.shape[1], X.shape[0], 2).sum(-1).sqrt().mT
 
 
 DENSE = Grid()
@@ -232,6 +234,33 @@ def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]
         origin.append((p + before) // stride)
     padded = functional.pad(weight, (*pads[1], *pads[0]))
     return functional.pixel_unshuffle(padded, stride), (origin[0], origin[1])
+
+
+def add_product(M: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """βM + αAB written over M (..., rows, cols), which must be contiguous; returns it. One matrix less in memory."""
+    M.view(-1, *M.shape[-2:]).baddbmm_(
+        A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), beta=beta, alpha=alpha
+    )
+    return M
+
+
+class _Gram(torch.autograd.Function):
+    """R′R, whose derivative R(D + D′) is one product; autograd would take two."""
+
+    @staticmethod
+    def forward(ctx: Any, R: Tensor) -> Tensor:
+        ctx.save_for_backward(R)
+        return R.mH @ R
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Tensor:
+        (R,), (D,) = ctx.saved_tensors, grad_outputs
+        return R @ (D + D.mH)  # type: ignore[no-any-return]
+
+
+def gram(*rows: Tensor) -> Tensor:
+    """Σ R′R over matrices (..., r, n) stacked on one another: (..., n, n), differentiable."""
+    return _Gram.apply(torch.cat(rows, dim=-2))  # type: ignore[no-any-return]
 
 
 def require_finite(tensor: Tensor, where: str) -> None:

@@ -23,16 +23,18 @@ def triangular_blocks(W: Tensor) -> tuple[int, ...] | None:
     Exact zeros decide. A row starts a new block when it reads a state of the current one.
     """
     n = W.shape[-1]
-    nonzero = (W != 0).reshape(-1, n, n).any(0) if n else W.new_zeros(0, 0, dtype=torch.bool)
-    columns = torch.arange(1, n + 1, device=W.device)
-    reach = (nonzero * columns).amax(-1).tolist() if n else []  # row i reads states 0 .. reach[i] - 1
+    if n == 0:
+        return ()
+    nonzero = (W != 0).reshape(-1, n, n).any(0).byte()
+    last = n - nonzero.flip(-1).argmax(-1)  # argmax finds the first of equal values
+    reach = (last * nonzero.amax(-1)).tolist()  # row i reads states 0 .. reach[i] - 1
     starts = [0]
     for row, last in enumerate(reach):
         if last > row:
             return None
         if last > starts[-1]:
             starts.append(row)
-    return tuple(b - a for a, b in zip(starts, [*starts[1:], n], strict=True)) if n else ()
+    return tuple(b - a for a, b in zip(starts, [*starts[1:], n], strict=True))
 
 
 def falling_weights(count: int, delta: float) -> list[float]:
@@ -70,7 +72,8 @@ class StateMap:
     ``blocks``: sizes of the blocks that substitution and sweeps go by; by default those for which W is exactly strictly
     lower triangular, else one block. ``Lambda`` (n,): a diagonal metric in which I − W is monotone, for step sizes and
     error bounds; None if unknown. ``remainder``: a bound of ‖W − T‖ for the strictly block lower triangular part T
-    that `rows_below` applies, 0 for an exactly triangular W.
+    that `rows_below` applies, 0 for an exactly triangular W. ``kept``: it is worth products of W with itself to know it
+    sharply, because the map will be used again.
     """
 
     def __init__(
@@ -80,12 +83,13 @@ class StateMap:
         Lambda: Tensor | None = None,
         *,
         grid: Grid = DENSE,
+        kept: bool = True,
         reverse: bool = False,
     ) -> None:
         if W.dim() < 2 or W.shape != (*grid.batch, W.shape[-1], W.shape[-1]):
             raise ShapeError("W", (*grid.batch, "n", "n"), tuple(W.shape))
         self.W = W.detach()
-        self.grid = grid
+        self.grid, self.kept = grid, kept
         self.states = W.shape[-1]
         self.blocks = blocks or triangular_blocks(self.W) or (self.states,)
         if sum(self.blocks) != self.states:
@@ -104,7 +108,8 @@ class StateMap:
     def adjoint(self) -> StateMap:
         """p → W′p, monotone in the metric Λ⁻¹, evaluated backwards."""
         metric = None if self.Lambda is None else self.Lambda.reciprocal()
-        return StateMap(self.W.mH.resolve_conj(), self.blocks, metric, grid=self.grid, reverse=not self.reverse)
+        W = self.W.mH.resolve_conj()
+        return StateMap(W, self.blocks, metric, grid=self.grid, kept=self.kept, reverse=not self.reverse)
 
     def norm(self, z: Tensor) -> Tensor:  # (B, n) or (B, n, F) -> (B,)
         """The l2 norm of each sample (of its pixels, on a grid)."""
@@ -163,7 +168,7 @@ class StateMap:
         for block in self._slices:
             E[..., block, self._windows[block.start]] = 0.0
         frobenius = float(torch.linalg.matrix_norm(E).amax())
-        if not 0.0 < frobenius < 1e-3:
+        if not 0.0 < frobenius < 1e-3 or not (self.kept or self.states <= 64):
             return frobenius
         E = E / frobenius
         gram = E @ E.mH

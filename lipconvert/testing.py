@@ -6,7 +6,7 @@
         plugin = "mine"
 
 Every test about a model runs over the plugin's own ``example_models`` for each of ``seeds``. Each example needs an
-attribute ``input_shape`` (of one sample), one output vector for each sample, and trainable parameters.
+attribute ``input_shape`` (of one sample), an output vector or image for each sample, and trainable parameters.
 
 Tolerances are class attributes. Override one only with the reason beside it:
 
@@ -43,6 +43,7 @@ from .convert import convert, to_dae
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, MissingOptionError, NotFiniteError
+from .glue import MeanPool
 from .hookspecs import PluginInfo
 from .lben import LBEN
 from .network import Network
@@ -83,20 +84,26 @@ def _same_tensors(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> boo
     return True
 
 
+def _matrices(kernel: Tensor) -> Tensor:
+    """A parameter of an LBEN as in paper eq. (2): itself, or the conjugate spectrum of its kernels, (F, rows, cols)."""
+    return kernel if kernel.dim() == 2 else torch.fft.rfft2(kernel).conj().flatten(2).permute(2, 0, 1)
+
+
 def _least_eigenvalue(dae: DAE) -> tuple[float, float]:
-    """λ_min of Λ^{-1/2} H Λ^{-1/2}, H written out from paper eq. (10), and the size of the terms that add up to it."""
-    Lambda, L = torch.diag(dae.Lambda), dae.lipschitz
-    root = torch.diag(dae.Lambda.rsqrt())
+    """λ_min of Λ^{-1/2} H Λ^{-1/2}, H written out from paper eq. (10), and the size of the terms that add up to it, over all
+    frequencies of a grid."""
+    Lambda, L = torch.diag(dae.Lambda).to(dae.W.dtype), dae.lipschitz
+    root = torch.diag(dae.Lambda.rsqrt()).to(dae.W.dtype)
     terms = [
-        2.0 * Lambda,
+        2.0 * Lambda.expand_as(dae.W),
         -Lambda @ dae.W,
-        -dae.W.T @ Lambda,
-        -dae.G.T @ dae.G / L,
-        -Lambda @ dae.U @ dae.U.T @ Lambda / L,
+        -dae.W.mH @ Lambda,
+        -dae.G.mH @ dae.G / L,
+        -Lambda @ dae.U @ dae.U.mH @ Lambda / L,
     ]
     H = root @ torch.stack(terms).sum(0) @ root
-    size = sum(float(torch.linalg.matrix_norm(root @ term @ root, 2)) for term in terms)
-    return float(torch.linalg.eigvalsh(0.5 * (H + H.T))[0]), max(1.0, size)
+    size = sum(float(torch.linalg.matrix_norm(root @ term @ root, 2).amax()) for term in terms)
+    return float(torch.linalg.eigvalsh(0.5 * (H + H.mH)).amin()), max(1.0, size)
 
 
 def _lipschitz_quotient(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -120,7 +127,7 @@ def _train(model: nn.Module, x: Tensor, steps: int, learning_rate: float = 1e-2)
     optimiser = torch.optim.Adam(parameters, lr=learning_rate)
     for _ in range(steps):
         optimiser.zero_grad()
-        (-(model(x) * target).sum(1).mean()).backward()
+        (-(model(x) * target).flatten(1).sum(1).mean()).backward()
         optimiser.step()
 
 
@@ -181,6 +188,12 @@ class PluginConformance:
             classes = model(x).shape[1]
         dae = to_dae(model)
         activation = next((str(a) for a, _ in dae.sigma if a.name != "identity"), "relu")
+        shape = tuple(x.shape[1:])
+        if len(shape) == 3:
+            pools = [m.kernel_size for m in model.modules() if isinstance(m, MeanPool)]
+            known |= {"image": f"{shape[1]}x{shape[2]}", "in_channels": shape[0], "pool": pools[0] if pools else 1}
+        if isinstance(getattr(model, "prescribed", 0.0), type(None)):
+            known["lipschitz"] = "free"
         return {
             "inputs": x[0].numel(),
             "classes": classes,
@@ -277,12 +290,12 @@ class PluginConformance:
     # The examples and their DAE
 
     def test_example_runs(self, model: nn.Module) -> None:
-        """``input_shape`` is there, and the model maps a batch (B, *input_shape) to (B, q)."""
+        """``input_shape`` is there, and the model maps a batch (B, *input_shape) to (B, q), or to images (B, q, h, w)."""
         shape = tuple(model.input_shape)  # type: ignore[arg-type]
         _true(f"input_shape {shape} must be positive integers", all(isinstance(n, int) and n > 0 for n in shape))
         with torch.no_grad():
             y = model(self.inputs(model))
-        _true(f"the output has shape {tuple(y.shape)}", y.dim() == 2 and len(y) == self.samples)
+        _true(f"the output has shape {tuple(y.shape)}", y.dim() in (2, 4) and len(y) == self.samples)
 
     def test_claims_its_layers(self, model: nn.Module) -> None:
         """At least one module of an example is claimed, and each answer is a DAE or a tuple of four."""
@@ -298,8 +311,9 @@ class PluginConformance:
         dae = to_dae(model)
         x = self.inputs(model, 2)
         with torch.no_grad():
-            sizes = (x[0].numel(), model(x).shape[1])
-        _true(f"{dae} is not {sizes[0]} → {sizes[1]}", (dae.inputs, dae.outputs) == sizes)
+            sizes = (x[0].numel(), model(x)[0].numel())
+        found = (math.prod(dae.input_shape), math.prod(dae.output_shape))
+        _true(f"{dae} is not {sizes[0]} → {sizes[1]}", found == sizes)
         _true(f"a tensor of {dae} is not finite", all(bool(torch.isfinite(t).all()) for t in dae))
         _true(f"Λ or L of {dae} is not positive", bool((dae.Lambda > 0).all()) and 0.0 < dae.lipschitz < math.inf)
 
@@ -327,14 +341,15 @@ class PluginConformance:
     def test_W_rebuilt(self, model: nn.Module) -> None:
         """W written out from the parameters by paper eq. (2), and the W in use, are the W of the DAE."""
         for dae, stage in self.stages(model, convert(model, check=False)):
-            Psi = stage.log_psi.detach().exp()
-            G, U, V, S, L = (stage.G.detach(), stage.U.detach(), stage.V.detach(), stage.S.detach(), stage.lipschitz)
-            inverse = torch.diag(1.0 / Psi)
-            inner = G.T @ G / (2 * L) + inverse @ U @ U.T @ inverse / (2 * L) + V.T @ V + S - S.T
-            W = torch.eye(len(Psi)).double() - torch.diag(Psi) @ (inner + stage.epsilon * torch.eye(len(Psi)).double())
-            size = max(1.0, float(torch.linalg.matrix_norm(dae.W)))
+            Psi, L = stage.log_psi.detach().exp(), stage.lipschitz
+            G, U, V, S = (_matrices(p.detach()) for p in (stage.G, stage.U, stage.V, stage.S))
+            eye = torch.eye(len(Psi), dtype=G.dtype)
+            inverse = torch.diag(1.0 / Psi).to(G.dtype)
+            inner = G.mH @ G / (2 * L) + inverse @ U @ U.mH @ inverse / (2 * L) + V.mH @ V + S - S.mH
+            W = eye - torch.diag(Psi).to(G.dtype) @ (inner + stage.epsilon * eye)
+            size = max(1.0, float(torch.linalg.matrix_norm(dae.W).amax()))
             for name, rebuilt in (("by eq. (2)", W), ("in use", stage.W.detach())):
-                error = float(torch.linalg.matrix_norm(rebuilt - dae.W)) / size
+                error = float(torch.linalg.matrix_norm(rebuilt - dae.W).amax()) / size
                 _at_most(f"‖W {name} - W‖ of {stage.name}", error, self.W_tolerance)
 
     def test_outputs_equal(self, model: nn.Module) -> None:
@@ -342,7 +357,8 @@ class PluginConformance:
         x = self.inputs(model)
         with torch.no_grad():
             y = model(x)
-            through_dae = evaluate(to_dae(model), x.flatten(1))
+            dae = to_dae(model)
+            through_dae = evaluate(dae, x.reshape(-1, *dae.input_shape)).reshape(y.shape)
             through_net = convert(model, check=False)(x)
         _at_most("outputs, DAE - source", relative_difference(through_dae, y), self.output_tolerance)
         _at_most("outputs, LBEN - source", relative_difference(through_net, y), self.output_tolerance)

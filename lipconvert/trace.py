@@ -109,7 +109,7 @@ class _Walker:
             raise
         if claim is not None:
             name, dae = claim
-            yield from self._layer(module, path, replace(dae, name=label(path, module)), name)
+            yield from self._layer(module, path, dae.derive(name=label(path, module)), name)
         elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             # Not named_children(), which names a module that stands twice (one shared ReLU) only once.
             for key, child in module._modules.items():
@@ -265,11 +265,12 @@ def _without_detours(steps: list[Step]) -> list[Step]:
     """Unflatten and Flatten right after it, between two layers that are stated densely, left out."""
     kept: list[Step] = []
     for step in steps:
-        if kept and type(kept[-1].module) is nn.Unflatten and type(step.module) is nn.Flatten:
-            if step.module.start_dim == 1 and step.module.end_dim in (-1, len(step.input_shape)):
-                kept.pop()
-                continue
-        kept.append(step)
+        flatten = step.module
+        whole = type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
+        if whole and kept and type(kept[-1].module) is nn.Unflatten:
+            kept.pop()
+        else:
+            kept.append(step)
     return kept
 
 

@@ -58,7 +58,8 @@ def validate(
     """Compare a source network with its DAEs and with its converted form.
 
     On ``inputs`` (B, *input_shape), 64 standard normal samples by default: outputs and input-gradients of source, DAE and
-    LBEN (in 32 random directions where there are more outputs); for each stage W rebuilt against W, λ_min of H(Ψ⁻¹, L) and L(1 + δ); the Jacobian's 2-norm against L(1 + 1e-6).
+    LBEN (in 32 random directions where there are more outputs); for each stage W rebuilt against W, λ_min of H(Ψ⁻¹, L) and
+    L(1 + δ); the Jacobian's 2-norm against L(1 + 1e-6).
     Tolerances are those of the converted network's dtype (float64: 1e-10 outputs, 1e-8 gradients, 1e-12 W and H; float32:
     1e-5, 1e-3, 1e-5), relative to the largest entry compared (W: Frobenius norms in the gauge Λ = I, relative to
     max(1, ‖W‖); H: to max(1, ‖Λ‖)).
@@ -133,7 +134,11 @@ def compare(
             at_most("L of the glue - L of its source", where, abs(L / members[0].lipschitz - 1.0), 1e-14)
             continue
         rebuilt = stage.dae()
-        if (rebuilt.states, rebuilt.input_shape, rebuilt.output_shape) != (dae.states, dae.input_shape, dae.output_shape):
+        if (rebuilt.states, rebuilt.input_shape, rebuilt.output_shape) != (
+            dae.states,
+            dae.input_shape,
+            dae.output_shape,
+        ):
             raise ShapeError(f"stage {stage.name!r}", repr(dae), repr(rebuilt))
         root = dae.Lambda.sqrt()
         W_error, W_size = (

@@ -9,13 +9,13 @@ from ..state_map import StateMap
 from .iteration import Elementwise
 
 
-def forward_substitution(map: StateMap, sigma: Elementwise, u: Tensor) -> tuple[Tensor, Tensor]:
+def forward_substitution(map: StateMap, sigma: Elementwise, u: Tensor) -> Tensor:
     """Solve z = σ(Tz + u), T the strictly triangular part of W: z_k = σ_k(Σ_{j<k} W_kj z_j + u_k).
 
-    ``u`` (B, n). Returns z (B, n) and a bound of ‖z − σ(Wz + u)‖ (B,): σ is 1-Lipschitz, so it is at most
-    ‖W − T‖ ‖z‖, which is 0 for a triangular W and round-off for one rebuilt from LBEN parameters. (FORMULAS 5)
+    ``u`` (B, n), or (B, n, F). σ is 1-Lipschitz, so ‖z − σ(Wz + u)‖ ≤ ‖W − T‖ ‖z‖ (``map.remainder``), which is 0 for a
+    triangular W and round-off for one rebuilt from LBEN parameters. (FORMULAS 5)
     """
     z = torch.empty_like(u)
     for block in map.order:
         z[:, block] = sigma[block](map.rows_below(block, z, u))
-    return z, map.remainder * map.norm(z)
+    return z

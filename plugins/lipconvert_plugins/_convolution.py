@@ -94,13 +94,20 @@ def front_arguments(
     if not convolutions:
         return {}
     needed = {
-        "image": "height and width of the square input",
+        "image": "height and width of the input: 32, or 28x20",
         "in_channels": "channels of the input",
         "pool": "window of the mean pooling before the dense layers, 1 for none",
     }
-    given = {name: int(required_option(options, name, plugin, meaning)) for name, meaning in needed.items()}
+    given = {name: required_option(options, name, plugin, meaning) for name, meaning in needed.items()}
+    sizes = str(given["image"]).strip("()").replace(",", "x").split("x")
     kernel = state_dict["conv0.weight"].shape
-    return given | {"conv_depth": convolutions, "kernel_size": (kernel[2], kernel[3])}
+    return {
+        "image": (int(sizes[0]), int(sizes[-1])),
+        "in_channels": int(given["in_channels"]),
+        "pool": int(given["pool"]),
+        "conv_depth": convolutions,
+        "kernel_size": (kernel[2], kernel[3]),
+    }
 
 
 def split_layers(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from lipconvert import (
     DAE,
     Activations,
+    Grid,
     InvalidParameterError,
     SolverOptions,
     StateMap,
@@ -23,18 +24,109 @@ from lipconvert import (
     spectral_norm,
 )
 
+from ._convolution import image_of, kernel_shape
 
-class MonotoneDEQ(nn.Module):
-    """z = σ(Wz + Ux + b), y = Wout z + c with W = I − Φ(A′A + B′ − B + mI), (..., in) → (..., out).
+DENSE = Grid()
 
-    ``hidden`` states; ``out_features=None`` reads the states themselves (G = I). Two ways to a Lipschitz constant:
+
+class Monotone(nn.Module):
+    """z = σ(Wz + Ux + b), y = Gz + c with W = I − Φ(A′A + B′ − B + mI): dense, or circular convolutions on images.
+
+    Subclasses make the parameters (``U``, ``A``, ``B``, ``Wout``, as the public MonDEQ code calls them) and say what Φ is. On
+    a `Grid` the matrices below are those of each frequency.
+    """
+
+    U: nn.Linear | nn.Conv2d
+    A: nn.Linear | nn.Conv2d
+    B: nn.Linear | nn.Conv2d
+    Wout: nn.Linear | nn.Conv2d | None
+    input_shape: tuple[int, ...]
+
+    def __init__(
+        self, m: float, lipschitz: float | None, activation: nn.Module | None, options: SolverOptions | None
+    ) -> None:
+        super().__init__()
+        self.options = SolverOptions() if options is None else options
+        if not 0.0 < m < float("inf"):
+            raise InvalidParameterError("m", m, "the monotonicity must be positive")
+        if lipschitz is not None and not 0.0 < lipschitz < float("inf"):
+            raise InvalidParameterError("lipschitz", lipschitz, "a prescribed constant must be positive")
+        self.m, self.prescribed = float(m), None if lipschitz is None else float(lipschitz)
+        self.activation = nn.ReLU() if activation is None else activation
+
+    def grid(self, image: tuple[int, ...] = ()) -> Grid:
+        """Where the states live for inputs of a size."""
+        raise NotImplementedError
+
+    def phi(self) -> Tensor:
+        """The diagonal of Φ, (hidden,), positive."""
+        raise NotImplementedError
+
+    def unit(self, weight: Tensor, grid: Grid) -> Tensor:
+        """The matrices of a weight of U or Wout, scaled to norm 1 where L is prescribed."""
+        raise NotImplementedError
+
+    def input_map(self, grid: Grid = DENSE) -> Tensor:
+        """U (hidden, in)."""
+        U = self.unit(self.U.weight, grid)
+        return U if self.prescribed is None else self.m * self.prescribed * self.phi().unsqueeze(-1) * U
+
+    def readout(self, grid: Grid = DENSE) -> Tensor:
+        """G (out, hidden)."""
+        if self.Wout is not None:
+            return self.unit(self.Wout.weight, grid)
+        eye = torch.eye(len(self.phi())).to(grid.convolution(self.A.weight))
+        return eye.expand(*grid.batch, *eye.shape)
+
+    def W(self, grid: Grid = DENSE) -> Tensor:
+        """W = I − Φ(A′A + B′ − B + mI), (hidden, hidden). (paper eq. 5, 6)"""
+        A, B = grid.convolution(self.A.weight), grid.convolution(self.B.weight)
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        return eye - self.phi().unsqueeze(-1) * (A.mH @ A + B.mH - B + self.m * eye)
+
+    def norms(self, grid: Grid = DENSE) -> tuple[float, float]:
+        """Upper bounds (n_U, n_G) of ‖Φ⁻¹U‖ and ‖G‖; by construction mL and 1 where L is prescribed."""
+        if self.prescribed is not None:
+            return self.m * self.prescribed, 1.0
+        n_U = spectral_norm(self.input_map(grid).detach() / self.phi().detach().unsqueeze(-1))
+        return float(n_U), float(spectral_norm(self.readout(grid).detach()))
+
+    def lipschitz_on(self, grid: Grid) -> float:
+        """L = n_U n_G / m on a grid (1 for a constant function, n_U n_G = 0), or as prescribed."""
+        if self.prescribed is not None:
+            return self.prescribed
+        n_U, n_G = self.norms(grid)
+        return n_U * n_G / self.m or 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.grid(tuple(x.shape[-2:]))
+        rank = 3 if grid else 1
+        lead, x = x.shape[: x.dim() - rank], x.reshape(-1, *x.shape[x.dim() - rank :])
+        W = self.W(grid)
+        u = grid.affine(self.input_map(grid), grid.coordinates(x), self._bias(self.U, W))
+        sigma = Activations(activation_of(self.activation), W.shape[-1])
+        map = StateMap(W, Lambda=self.phi().detach().reciprocal(), grid=grid, kept=False)
+        z = equilibrium(W, u, sigma, map, self.options, f"the equilibrium of {type(self).__name__}")
+        y = z if self.Wout is None else grid.affine(self.readout(grid), z, self._bias(self.Wout, W))
+        y = grid.values(y)
+        return y.reshape(*lead, *y.shape[1:])
+
+    @staticmethod
+    def _bias(layer: nn.Linear | nn.Conv2d, like: Tensor) -> Tensor:
+        return torch.zeros(len(layer.weight)).to(like.real) if layer.bias is None else layer.bias
+
+
+class MonotoneDEQ(Monotone):
+    """The dense model, (..., in) → (..., out). ``hidden`` states; ``out_features=None`` reads the states (G = I).
+
+    Two ways to a Lipschitz constant:
 
     * ``lipschitz=None``: U and Wout are free, L = ‖Φ⁻¹U‖‖G‖/m with upper bounds of both norms (Theorem 3.3 for any G);
     * ``lipschitz=L``: U = mLΦQ and Wout = Q′ with (semi-)orthogonal Q, Q′ (Lip-MonDEQ; not U/√m orthogonal, FORMULAS
       P14), so that L holds by construction.
 
-    Parameters carry the names of the public MonDEQ code: ``U``, ``A``, ``B``, ``Wout``. Raises `InvalidParameterError` for
-    m ≤ 0 and `NotConvergedError` from the solver; ``options`` say how its equilibria are solved.
+    Raises `InvalidParameterError` for m ≤ 0 and `NotConvergedError` from the solver; ``options`` say how its equilibria
+    are solved.
     """
 
     def __init__(
@@ -48,14 +140,7 @@ class MonotoneDEQ(nn.Module):
         activation: nn.Module | None = None,
         options: SolverOptions | None = None,
     ) -> None:
-        super().__init__()
-        self.options = SolverOptions() if options is None else options
-        if not 0.0 < m < float("inf"):
-            raise InvalidParameterError("m", m, "the monotonicity must be positive")
-        if lipschitz is not None and not 0.0 < lipschitz < float("inf"):
-            raise InvalidParameterError("lipschitz", lipschitz, "a prescribed constant must be positive")
-        self.m, self.prescribed = float(m), None if lipschitz is None else float(lipschitz)
-        self.activation = nn.ReLU() if activation is None else activation
+        super().__init__(m, lipschitz, activation, options)
         self.U = nn.Linear(in_features, hidden)
         self.A = nn.Linear(hidden, hidden, bias=False)
         self.B = nn.Linear(hidden, hidden, bias=False)
@@ -69,88 +154,100 @@ class MonotoneDEQ(nn.Module):
                     raise InvalidParameterError("out_features", out_features, f"at most the {hidden} hidden states")
                 orthogonal(self.Wout, use_trivialization=False)
 
-    def phi(self) -> Tensor:
-        """The diagonal of Φ, (hidden,), positive."""
-        raise NotImplementedError
+    def grid(self, image: tuple[int, ...] = ()) -> Grid:
+        return DENSE
 
-    def input_map(self) -> Tensor:
-        """U (hidden, in)."""
-        U = self.U.weight
-        return U if self.prescribed is None else self.m * self.prescribed * self.phi().unsqueeze(-1) * U
-
-    def readout(self) -> Tensor:
-        """G (out, hidden)."""
-        return torch.eye(len(self.phi())).to(self.A.weight) if self.Wout is None else self.Wout.weight
-
-    def W(self) -> Tensor:
-        """W = I − Φ(A′A + B′ − B + mI), (hidden, hidden). (paper eq. 5, 6)"""
-        A, B = self.A.weight, self.B.weight
-        eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        return eye - self.phi().unsqueeze(-1) * (A.mT @ A + B.mT - B + self.m * eye)
-
-    def norms(self) -> tuple[float, float]:
-        """Upper bounds (n_U, n_G) of ‖Φ⁻¹U‖ and ‖G‖; by construction mL and 1 where L is prescribed."""
-        if self.prescribed is not None:
-            return self.m * self.prescribed, 1.0
-        n_U = spectral_norm(self.input_map().detach() / self.phi().detach().unsqueeze(-1))
-        return float(n_U), float(spectral_norm(self.readout().detach()))
+    def unit(self, weight: Tensor, grid: Grid) -> Tensor:
+        return weight  # orthogonal by its parametrisation where L is prescribed
 
     @property
     def lipschitz(self) -> float:
-        """L = n_U n_G / m (1 for a constant function, n_U n_G = 0)."""
-        if self.prescribed is not None:
-            return self.prescribed
-        n_U, n_G = self.norms()
-        return n_U * n_G / self.m or 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        W = self.W()
-        u = torch.nn.functional.linear(x, self.input_map(), self.U.bias)
-        u, shape = u.reshape(u.shape[:-1].numel(), len(W)), u.shape
-        sigma = Activations(activation_of(self.activation), len(W))
-        map = StateMap(W, Lambda=self.phi().detach().reciprocal())
-        z = equilibrium(W, u, sigma, map, self.options, f"the equilibrium of {type(self).__name__}")
-        z = z.reshape(shape)
-        return z if self.Wout is None else self.Wout(z)
+        """L (`Monotone.lipschitz_on`)."""
+        return self.lipschitz_on(DENSE)
 
 
-def monotone_dae(model: MonotoneDEQ) -> DAE:
+class MonotoneDEQConv2d(Monotone):
+    """The convolutional model, (B, in_channels, h, w) → (B, out_channels, h, w), circular, for kernels of any size.
+
+    ``hidden`` channels of states; ``out_channels=None`` reads the states (G = I), else ``Wout`` is a 1×1 convolution.
+    ``lipschitz=None``: L = ‖Φ⁻¹U‖‖G‖/m with the largest norms over the frequencies of the images at hand. ``lipschitz=L``:
+    U = mLΦK/‖K‖ and Wout = K′/‖K′‖ with free kernels, so that L holds by construction on images of any size.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden: int,
+        out_channels: int | None = None,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        m: float = 1.0,
+        lipschitz: float | None = None,
+        activation: nn.Module | None = None,
+        options: SolverOptions | None = None,
+    ) -> None:
+        super().__init__(m, lipschitz, activation, options)
+        kernel = kernel_shape(kernel_size)
+        self.U = nn.Conv2d(in_channels, hidden, kernel)
+        self.A = nn.Conv2d(hidden, hidden, kernel, bias=False)
+        self.B = nn.Conv2d(hidden, hidden, kernel, bias=False)
+        self.Wout = None if out_channels is None else nn.Conv2d(hidden, out_channels, 1)
+
+    def grid(self, image: tuple[int, ...] = ()) -> Grid:
+        return Grid(image)
+
+    def unit(self, weight: Tensor, grid: Grid) -> Tensor:
+        matrices = grid.convolution(weight)
+        if self.prescribed is None:
+            return matrices
+        norm = spectral_norm(matrices)
+        return matrices / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def monotone_dae(model: Monotone, input_shape: tuple[int, ...] | None = None) -> DAE:
     """The model as a DAE: Λ = λΦ⁻¹, λ = n_G/n_U, L = n_U n_G/m, and the rows                           (FORMULAS 1.4)
 
     V = [ √λ A;  (n_G²I − G′G)^{1/2}/√2L;  λ(n_U²I − Φ⁻¹UU′Φ⁻¹)^{1/2}/√2L;  √c₀ I ],
     c₀ = λm − n_G²/2L − λ²n_U²/2L ≥ 0
     """
-    A, G, U, phi = model.A.weight, model.readout(), model.input_map(), model.phi()
+    grid = model.grid(image_of(model, input_shape) if isinstance(model, MonotoneDEQConv2d) else ())
+    A, G, U, phi = grid.convolution(model.A.weight), model.readout(grid), model.input_map(grid), model.phi()
     A, G, U, phi = (t.detach() for t in (A, G, U, phi))
-    n_U, n_G = model.norms()
-    m, L = model.m, model.lipschitz
+    n_U, n_G = model.norms(grid)
+    m, L = model.m, model.lipschitz_on(grid)
     # U = 0 or G = 0 is a constant function: any L > 0 does, and λ is what keeps c₀ ≥ 0.
     lam = n_G / n_U if n_U * n_G > 0 else n_G**2 / (m * L) if n_G > 0 else m * L / n_U**2 if n_U > 0 else 1.0
-    eye = torch.eye(len(A), dtype=A.dtype)
+    eye = torch.eye(len(phi), dtype=A.dtype).expand(*grid.batch, -1, -1)
     PU = U / phi.unsqueeze(-1)
     c_0 = lam * m - (n_G**2 + (lam * n_U) ** 2) / (2.0 * L)
     rows = [
         lam**0.5 * A,
-        psd_sqrt(n_G**2 * eye - G.mT @ G, "n_G²I - G'G", scale=n_G**2) / (2.0 * L) ** 0.5,
-        psd_sqrt(n_U**2 * eye - PU @ PU.mT, "n_U²I - Φ⁻¹UU'Φ⁻¹", scale=n_U**2) * lam / (2.0 * L) ** 0.5,
+        psd_sqrt(n_G**2 * eye - G.mH @ G, "n_G²I - G'G", scale=n_G**2) / (2.0 * L) ** 0.5,
+        psd_sqrt(n_U**2 * eye - PU @ PU.mH, "n_U²I - Φ⁻¹UU'Φ⁻¹", scale=n_U**2) * lam / (2.0 * L) ** 0.5,
         # c₀ = 0 up to round-off when L = n_U n_G / m; it is positive for a constant function only.
-        max(c_0, 0.0) ** 0.5 * eye if n_U * n_G == 0 else 0.0 * eye[:0],
+        max(c_0, 0.0) ** 0.5 * (eye if n_U * n_G == 0 else eye[..., :0, :]),
     ]
     return DAE(
-        W=model.W(),
+        W=model.W(grid),
         U=U,
         G=G,
         Lambda=lam / phi,
         b_z=model.U.bias,
         b_y=None if model.Wout is None else model.Wout.bias,
-        activations=Activations(activation_of(model.activation), len(A)),
+        activations=Activations(activation_of(model.activation), len(phi)),
         lipschitz=L,
-        V=torch.cat(rows),
+        V=torch.cat(rows, dim=-2),
+        grid=grid,
     )
 
 
 def monotone_from_state_dict(
-    kind: type[MonotoneDEQ], name: str, extra: set[str], state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
+    kind: type[MonotoneDEQ],
+    conv: type[MonotoneDEQConv2d],
+    name: str,
+    extra: set[str],
+    state_dict: Mapping[str, Tensor],
+    options: Mapping[str, Any],
 ) -> nn.Module | None:
     """A model from the public layout U, A, B (and Wout), with ``extra`` keys; None if it is another one."""
     prefix = next((key.removesuffix("A.weight") for key in state_dict if key.endswith("A.weight")), None)
@@ -166,17 +263,20 @@ def monotone_from_state_dict(
         readout -= {"Wout.weight"}
     if set(tensors) != free | readout or len(tensors["A.weight"]) != len(tensors["U.bias"]):
         return None
-    m = required_option(options, "m", name, "the monotonicity of W = I - Φ(A'A + B' - B + mI)")
-    meaning = "the constant γ its orthogonal U and Wout were scaled to"
-    lipschitz = float(required_option(options, "lipschitz", name, meaning)) if stored else None
+    images = tensors["A.weight"].dim() == 4
+    arguments: dict[str, Any] = {
+        "m": float(required_option(options, "m", name, "the monotonicity of W = I - Φ(A'A + B' - B + mI)")),
+        "activation": activation_module(
+            required_option(options, "activation", name, "relu, tanh, leaky_relu(0.1), ...")
+        ),
+    }
+    if stored or images:
+        meaning = "the constant γ that U and Wout are scaled to" + (', or "free"' if images else "")
+        lipschitz = required_option(options, "lipschitz", name, meaning)
+        arguments["lipschitz"] = None if images and lipschitz == "free" else float(lipschitz)
     U = tensors["U.weight"] if not stored else next(v for k, v in tensors.items() if k.startswith("U.param"))
-    model = kind(
-        U.shape[1],
-        len(U),
-        len(tensors["Wout.bias"]) if "Wout.bias" in tensors else None,
-        m=float(m),
-        lipschitz=lipschitz,
-        activation=activation_module(required_option(options, "activation", name, "relu, tanh, leaky_relu(0.1), ...")),
-    ).to(tensors["A.weight"].dtype)
+    sizes = (U.shape[1], len(U), len(tensors["Wout.bias"]) if "Wout.bias" in tensors else None)
+    kernel = {"kernel_size": (U.shape[2], U.shape[3])} if images else {}
+    model = (conv if images else kind)(*sizes, **kernel, **arguments).to(U.dtype)
     model.load_state_dict(tensors)
     return model

@@ -255,7 +255,9 @@ def residual_from_state_dict(
     if convolutions:
         arguments |= {"inner": len(state_dict["conv0.weight"]), "channels": state_dict["conv0.weight"].shape[1]}
     else:
-        arguments["inputs"] = int(required_option(options, "inputs", network.prefix, "size of the flat input before padding"))
+        arguments["inputs"] = int(
+            required_option(options, "inputs", network.prefix, "size of the flat input before padding")
+        )
     weight = state_dict[f"{network.prefix}0.weight"]
     model = network(
         **arguments,
@@ -263,7 +265,9 @@ def residual_from_state_dict(
         features=weight.shape[1],
         dense_depth=depth,
         dense_inner=len(weight),
-        activation=activation_module(required_option(options, "activation", network.prefix, "relu, leaky_relu(0.1), ...")),
+        activation=activation_module(
+            required_option(options, "activation", network.prefix, "relu, leaky_relu(0.1), ...")
+        ),
     )
     model.to(weight.dtype).load_state_dict(state_dict)
     return model

@@ -200,7 +200,9 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
     shapes = [state_dict[f"aol{k}.weight"].shape for k in range(depth)]
     if any(shape[0] != shapes[0][0] for shape in shapes[:-1]) or any(shape[0] != kernels[0][0] for shape in kernels):
         widths = [tuple(shape) for shape in (*kernels, *shapes)]
-        raise MissingOptionError("aol", "a model", f"hidden layers of different widths {widths}: build it and load into it")
+        raise MissingOptionError(
+            "aol", "a model", f"hidden layers of different widths {widths}: build it and load into it"
+        )
     model = AOLNetwork(
         **(arguments | {"channels": kernels[0][0]} if kernels else {"inputs": shapes[0][1]}),
         classes=shapes[-1][0],

@@ -67,7 +67,9 @@ def example_models(seed: int) -> list[nn.Module]:
     return [
         CPLNetwork(inputs=5, classes=3, features=6, dense_depth=3, dense_inner=4),
         CPLNetwork(inputs=2, classes=2, dense_depth=4, activation=nn.LeakyReLU(0.1)),  # deeper than wide
-        CPLNetwork(image=(5, 4), in_channels=2, channels=2, conv_depth=2, pool=1, features=40, dense_depth=1, classes=3),
+        CPLNetwork(
+            image=(5, 4), in_channels=2, channels=2, conv_depth=2, pool=1, features=40, dense_depth=1, classes=3
+        ),
     ]
 
 

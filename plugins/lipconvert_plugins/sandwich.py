@@ -41,7 +41,7 @@ def cayley(M: Tensor) -> Tensor:
 
 
 def _pair(weight: Tensor, alpha: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """A (out, out) and B (out, in), AA′ + BB′ = I, from ``weight`` rescaled to norm ``alpha``; for each frequency of a grid."""
+    """A (out, out) and B (out, in), AA′ + BB′ = I, from ``weight`` at norm ``alpha``; for each frequency of a grid."""
     size = torch.linalg.vector_norm(weight)
     matrices = grid.convolution(alpha / torch.where(size > 0, size, torch.ones_like(size)) * weight)
     Q = cayley(matrices.mH)
@@ -146,7 +146,9 @@ class SandwichConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         kernel = "x".join(map(str, self.weight.shape[2:]))
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={kernel}, stride={self.stride}, scale={self.scale:g}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={kernel}, stride={self.stride}, scale={self.scale:g}"
+        )
 
 
 class SandwichNetwork(nn.Sequential):
@@ -199,10 +201,12 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None) -> DAE | None:
         A, B = model.AB()
         if model.activation is None:
             return affine(model.scale * B, model.bias, lipschitz=model.scale)
+        activation = activation_of(model.activation)
     elif computes_as(model, SandwichConv2d):
         h, w = image_of(model, input_shape)
         grid = Grid((h // model.stride, w // model.stride))
         A, B = model.AB((h // model.stride, w // model.stride))
+        activation = activation_of(model.activation)
     else:
         return None
     phi, n = model.psi.exp(), len(model.psi)
@@ -212,7 +216,7 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None) -> DAE | None:
         G=2.0**0.5 * A.mH * phi,
         Lambda=phi**2 / model.scale,
         b_z=model.bias,
-        activations=Activations(activation_of(model.activation), n),
+        activations=Activations(activation, n),
         lipschitz=model.scale,
         V=A.new_zeros(*grid.batch, 0, n),
         grid=grid,
@@ -266,5 +270,8 @@ def new_model(inputs: int, classes: int, seed: int) -> nn.Module:
 @hookimpl
 def describe() -> PluginInfo:
     return PluginInfo(
-        "Sandwich", "Wang & Manchester 2023, arXiv:2301.11526", "prescribed", "SandwichLinear, SandwichConv2d, SandwichNetwork"
+        "Sandwich",
+        "Wang & Manchester 2023, arXiv:2301.11526",
+        "prescribed",
+        "SandwichLinear, SandwichConv2d, SandwichNetwork",
     )

@@ -77,7 +77,15 @@ def example_models(seed: int) -> list[nn.Module]:
         SLLNetwork(inputs=5, classes=3, features=7, dense_depth=3, dense_inner=9),
         SLLNetwork(inputs=4, classes=2, dense_depth=1, activation=nn.Tanh()),
         SLLNetwork(
-            image=(6, 4), in_channels=2, channels=3, inner=2, conv_depth=2, pool=2, dense_depth=1, dense_inner=5, classes=3
+            image=(6, 4),
+            in_channels=2,
+            channels=3,
+            inner=2,
+            conv_depth=2,
+            pool=2,
+            dense_depth=1,
+            dense_inner=5,
+            classes=3,
         ),
     ]
 
