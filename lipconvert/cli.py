@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,10 @@ ShapeOption = Annotated[
 ]
 EpsilonOption = Annotated[float, typer.Option("--epsilon", help="epsilon of every stage; 0 is exact")]
 DeltaOption = Annotated[float, typer.Option("--delta", help="state each stage's constant at L(1 + delta)")]
+MergeOption = Annotated[bool, typer.Option("--merge", help="join neighbouring stages, and the glue beside them")]
+DenseOption = Annotated[
+    bool, typer.Option("--dense", help="state layers on images densely, on flattened ones: any padding, small images")
+]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float64 or float32, of the converted network")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, nothing else")]
 
@@ -290,26 +295,54 @@ def _is_checkpoint(path: Path) -> bool:
 class _Conversion:
     """What the common options ask for."""
 
-    shape: tuple[int, ...] | None
-    epsilon: float
-    delta: float
-    dtype: torch.dtype
-    plugin: str | None
+    shape: tuple[int, ...] | None = None
+    epsilon: float = 0.0
+    delta: float = 0.0
+    dtype: torch.dtype = torch.float64
+    plugin: str | None = None
+    merge: bool = False
+    dense: bool = False
 
     def convert(self, model: nn.Module) -> Network:
         """Converted and cast, not yet compared with its source."""
-        return convert_model(model, self.shape, self.epsilon, delta=self.delta, plugin=self.plugin, check=False).to(
-            self.dtype
-        )
+        how = {"delta": self.delta, "plugin": self.plugin, "merge": self.merge, "dense": self.dense}
+        return convert_model(model, self.shape, self.epsilon, **how, check=False).to(self.dtype)
 
     def validate(self, model: nn.Module, net: Network, *, made_here: bool = True) -> ValidationReport:
         """Against its source; a network from a file says itself at which L(1 + delta) it was made, unless --delta does."""
         delta = self.delta if made_here else self.delta or None
-        return validate_network(model, net, delta=delta, plugin=self.plugin, throw=False)
+        how = {"plugin": self.plugin, "merge": self.merge, "dense": self.dense}
+        return validate_network(model, net, delta=delta, **how, throw=False)
 
 
-def _conversion(input_shape: str | None, epsilon: float, delta: float, dtype: str, plugin: str | None) -> _Conversion:
-    return _Conversion(_shape(input_shape), epsilon, delta, _dtype(dtype), plugin)
+def _asks(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a conversion; it receives them as ``asked``."""
+
+    def wrapped(
+        *args: Any,
+        plugin: PluginOption = None,
+        input_shape: ShapeOption = None,
+        epsilon: EpsilonOption = 0.0,
+        delta: DeltaOption = 0.0,
+        merge: MergeOption = False,
+        dense: DenseOption = False,
+        dtype: DtypeOption = "float64",
+        **kwargs: Any,
+    ) -> None:
+        asked = _Conversion(_shape(input_shape), epsilon, delta, _dtype(dtype), plugin, merge, dense)
+        command(*args, asked=asked, **kwargs)
+
+    # What typer reads: the command's own parameters, then these, the types resolved.
+    own = inspect.signature(command, eval_str=True).parameters
+    added = inspect.signature(wrapped, eval_str=True).parameters
+    keep = [p for name, p in own.items() if name != "asked"]
+    keep += [p for p in added.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in keep]
+    functools.update_wrapper(wrapped, command)
+    vars(wrapped).pop("__wrapped__")
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
 
 
 def _step_table(info: NetworkInfo) -> Table:
@@ -320,7 +353,10 @@ def _step_table(info: NetworkInfo) -> Table:
     for step in info.steps:
         table.add_row(
             escape(step.name),
-            *("" if size is None else str(size) for size in (step.inputs, step.states, step.outputs)),
+            *(
+                "" if size is None else "x".join(map(str, (size, *step.image)))
+                for size in (step.inputs, step.states, step.outputs)
+            ),
             escape(step.activations) if step.kind == "lben" else "(kept as it is)",
             "" if step.epsilon is None else f"{step.epsilon:g}",
             f"{step.lipschitz:.7g}",
@@ -425,23 +461,20 @@ def plugins(as_json: JsonOption = False) -> None:
 
 @app.command()
 @_answers
+@_asks
 def convert(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint to write, NAME.safetensors")],
     weights: WeightsOption = None,
     option: OptionOption = None,
-    plugin: PluginOption = None,
-    input_shape: ShapeOption = None,
-    epsilon: EpsilonOption = 0.0,
-    delta: DeltaOption = 0.0,
-    dtype: DtypeOption = "float64",
     as_json: JsonOption = False,
+    *,
+    asked: _Conversion,
 ) -> None:
     """Convert a model, compare it with its source, and write it only if it is the same function."""
     if out.suffix != checkpoint.SUFFIX:
         raise CheckpointError(str(out), "path", f"the suffix must be {checkpoint.SUFFIX}")
-    asked = _conversion(input_shape, epsilon, delta, dtype, plugin)
-    source = _model(model, weights, option, plugin)
+    source = _model(model, weights, option, asked.plugin)
     with _progress() as bars:
         bars.add_task("converting", total=None)
         net = asked.convert(source)
@@ -463,6 +496,7 @@ def convert(
 
 @app.command()
 @_answers
+@_asks
 def validate(
     model: ModelArgument,
     net: Annotated[
@@ -470,16 +504,12 @@ def validate(
     ] = None,
     weights: WeightsOption = None,
     option: OptionOption = None,
-    plugin: PluginOption = None,
-    input_shape: ShapeOption = None,
-    epsilon: EpsilonOption = 0.0,
-    delta: DeltaOption = 0.0,
-    dtype: DtypeOption = "float64",
     as_json: JsonOption = False,
+    *,
+    asked: _Conversion,
 ) -> None:
     """Compare a model with its converted form: outputs, gradients, W, H, L. Exit code 1 if they differ."""
-    asked = _conversion(input_shape, epsilon, delta, dtype, plugin)
-    source = _model(model, weights, option, plugin)
+    source = _model(model, weights, option, asked.plugin)
     with _progress() as bars:
         bars.add_task("validating", total=None)
         network = asked.convert(source) if net is None else checkpoint.load(net)
@@ -493,6 +523,7 @@ def validate(
 
 @app.command()
 @_answers
+@_asks
 def certify(
     model: ModelOrCheckpoint,
     data_name: Annotated[str, typer.Option("--data", help=" | ".join(data.NAMES))],
@@ -506,15 +537,11 @@ def certify(
     limit: Annotated[int | None, typer.Option("--limit", help="only the first N samples")] = None,
     weights: WeightsOption = None,
     option: OptionOption = None,
-    plugin: PluginOption = None,
-    input_shape: ShapeOption = None,
-    epsilon: EpsilonOption = 0.0,
-    delta: DeltaOption = 0.0,
-    dtype: DtypeOption = "float64",
     as_json: JsonOption = False,
+    *,
+    asked: _Conversion,
 ) -> None:
     """Natural and certified accuracy on a data set: margin > sqrt(2) L radius, the solver's error subtracted."""
-    asked = _conversion(input_shape, epsilon, delta, dtype, plugin)
     wanted = _numbers(radii, "--radii", _fraction)
     images = data.load(data_name, split, data_dir)
     net = _network(model, weights, option, asked)
@@ -533,7 +560,7 @@ def _network(model: str, weights: Path | None, option: Sequence[str] | None, ask
     """A checkpoint as it is, or a model converted and validated; raises `EquivalenceError`."""
     path = Path(model)
     if path.is_file() and _is_checkpoint(path):
-        if weights is not None or option or asked != _conversion(None, 0.0, 0.0, "float64", None):
+        if weights is not None or option or asked != _Conversion():
             raise ModelError(
                 model,
                 "it is a checkpoint, taken as it is: --weights, --option and what belongs to converting do not go with it",
@@ -560,19 +587,17 @@ def _print_robustness(console: Console, report: RobustnessReport, title: str) ->
 
 @app.command()
 @_answers
+@_asks
 def info(
     model: ModelOrCheckpoint,
     weights: WeightsOption = None,
     option: OptionOption = None,
-    plugin: PluginOption = None,
-    input_shape: ShapeOption = None,
-    epsilon: EpsilonOption = 0.0,
-    delta: DeltaOption = 0.0,
-    dtype: DtypeOption = "float64",
     as_json: JsonOption = False,
+    *,
+    asked: _Conversion,
 ) -> None:
     """Steps, sizes, activations and Lipschitz constants of a checkpoint, or of what a model would become."""
-    found = _network(model, weights, option, _conversion(input_shape, epsilon, delta, dtype, plugin)).info()
+    found = _network(model, weights, option, asked).info()
     if as_json:
         _print_json(found.model_dump(mode="json"))
     else:

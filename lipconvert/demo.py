@@ -1,4 +1,5 @@
-"""The demonstration: one small network of every architecture, trained on digits, converted, validated and certified.
+"""The demonstration: small networks of every architecture, dense and convolutional, trained on digits, converted,
+validated and certified.
 
 Each row of the result is a different architecture that ends in the same form, with its constant and its certificate.
 """
@@ -47,13 +48,23 @@ HEADINGS = (
     "1",
 )
 
+CONVOLUTIONAL = "-conv2d"
+DIGIT = (1, 8, 8)
+
 Progress = Callable[[str, str, int, int], None]
 """(architecture, what is being done, steps done, steps in all)."""
 
 
 def architectures() -> list[str]:
-    """The plugins that offer a new model for flat inputs, in order of name."""
-    return [plugin.name for plugin in registry().plugins() if plugin.error is None and "new_model" in plugin.hooks]
+    """The plugins that offer a new model for flat inputs, in order of name, then ``NAME-conv2d`` for images."""
+    flat = [plugin.name for plugin in registry().plugins() if plugin.error is None and "new_model" in plugin.hooks]
+    return flat + [name + CONVOLUTIONAL for name in flat if new_model(name + CONVOLUTIONAL, DIGIT, 10, 0) is not None]
+
+
+def new_model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module | None:
+    """The untrained model of one of `architectures` for samples of a shape, flattened but for a convolutional one."""
+    image = (shape[0], shape[1], shape[2]) if name.endswith(CONVOLUTIONAL) else None
+    return registry().new_model(name.removesuffix(CONVOLUTIONAL), math.prod(shape), classes, seed, image)
 
 
 def margin_loss(logits: Tensor, labels: Tensor, margin: float, temperature: float) -> Tensor:
@@ -127,19 +138,25 @@ def run_one(
     test: tuple[Tensor, Tensor],
     progress: Progress = lambda *_: None,
 ) -> DemoRow:
-    """Train in float32, convert in float64, validate on the test set, certify: one row. Raises `EquivalenceError`."""
+    """Train in float32, convert in float64, validate on the test set, certify: one row. Raises `EquivalenceError`.
+
+    ``training``, ``test``: images (N, c, h, w) and labels (N,).
+    """
     (x, labels), (x_test, labels_test) = training, test
     classes = int(max(labels.max(), labels_test.max())) + 1
-    model = registry().new_model(name, x.shape[1], classes, config.seed)
+    model = new_model(name, tuple(x.shape[1:]), classes, config.seed)
     if model is None:
         raise InvalidParameterError("architecture", repr(name), f"it must be one of {', '.join(architectures())}")
     model = model.float()
-    lipschitz = convert(model, (x.shape[1],), check=False).lipschitz
+    if not name.endswith(CONVOLUTIONAL):
+        x, x_test = x.flatten(1), x_test.flatten(1)
+    shape = tuple(x.shape[1:])
+    lipschitz = convert(model, shape, check=False).lipschitz
     started = time.perf_counter()
     train(model, x, labels, lipschitz, config, lambda done, total: progress(name, "training", done, total))
     trained = time.perf_counter()
     progress(name, "converting", 0, 1)
-    net = convert(model, (x.shape[1],), check=False)
+    net = convert(model, shape, check=False)
     converted = time.perf_counter()
     progress(name, "validating", 0, 1)
     report = validate(model, net, x_test[:VALIDATED].double())
@@ -189,7 +206,7 @@ def run(
     parts = []
     for split in data.SPLITS:
         x, labels = data.load("digits", split).tensors()
-        parts.append((x.flatten(1)[:limit], labels[:limit]))
+        parts.append((x[:limit], labels[:limit]))
     training, test = parts
     with _one_thread():
         rows = [run_one(name, config, training, test, progress) for name in chosen]

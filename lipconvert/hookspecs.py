@@ -59,8 +59,13 @@ def example_models(seed: int) -> Sequence[nn.Module]:  # type: ignore[empty-body
 
 
 @hookspec
-def new_model(inputs: int, classes: int, seed: int) -> nn.Module | None:  # type: ignore[empty-body]
-    """A small untrained classifier of flat inputs, for the demo and for training from scratch."""
+def new_model(  # type: ignore[empty-body]
+    inputs: int, classes: int, seed: int, image: tuple[int, int, int] | None
+) -> nn.Module | None:
+    """A small untrained classifier of flat inputs, for the demo and for training from scratch.
+
+    ``image``: (c, h, w) where a convolutional one is asked for; its ``input_shape`` is then ``image``.
+    """
 
 
 @hookspec

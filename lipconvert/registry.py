@@ -219,9 +219,13 @@ class Registry:
         """The example models of one plugin (empty where it has none)."""
         return self.ask(name, "example_models", seed=seed) or ()
 
-    def new_model(self, name: str, inputs: int, classes: int, seed: int) -> nn.Module | None:
-        """An untrained classifier of one plugin's architecture, None where it offers none."""
-        return self.ask(name, "new_model", inputs=inputs, classes=classes, seed=seed)
+    def new_model(
+        self, name: str, inputs: int, classes: int, seed: int, image: tuple[int, int, int] | None = None
+    ) -> nn.Module | None:
+        """An untrained classifier of one plugin's architecture, convolutional with an image; None where it offers none."""
+        model = self.ask(name, "new_model", inputs=inputs, classes=classes, seed=seed, image=image)
+        # a plugin that does not look at ``image`` answers with a flat model
+        return None if image is not None and getattr(model, "input_shape", None) != image else model
 
 
 def required_option(options: Mapping[str, Any], name: str, plugin: str, meaning: str) -> Any:

@@ -87,6 +87,14 @@ class Front:
             yield "flatten", nn.Flatten()
 
 
+def small_images(image: tuple[int, int, int]) -> dict[str, Any]:
+    """The arguments of a small network for images (c, h, w): what the plugins offer as a new model."""
+    c, h, w = image
+    pool = 2 if h % 2 == 0 and w % 2 == 0 else 1
+    sizes = {"in_channels": c, "channels": max(8, c), "conv_depth": 2, "pool": pool, "dense_depth": 1}
+    return {"image": (h, w), **sizes}
+
+
 def front_arguments(
     state_dict: Mapping[str, Tensor], options: Mapping[str, Any], plugin: str, convolutions: int
 ) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ._convolution import (
     image_of,
     kernel_shape,
     require_circular,
+    small_images,
     split_layers,
 )
 
@@ -225,8 +226,10 @@ def example_models(seed: int) -> list[nn.Module]:
 
 
 @hookimpl
-def new_model(inputs: int, classes: int, seed: int) -> nn.Module:
+def new_model(inputs: int, classes: int, seed: int, image: tuple[int, int, int] | None) -> nn.Module:
     torch.manual_seed(seed)
+    if image is not None:
+        return AOLNetwork(**small_images(image), classes=classes)
     return AOLNetwork(inputs=inputs, classes=classes, dense_depth=2)
 
 

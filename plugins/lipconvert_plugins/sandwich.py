@@ -24,7 +24,7 @@ from lipconvert import (
     required_option,
 )
 
-from ._convolution import Front, front_arguments, image_of, kernel_shape, split_layers
+from ._convolution import Front, front_arguments, image_of, kernel_shape, small_images, split_layers
 
 
 def cayley(M: Tensor) -> Tensor:
@@ -262,8 +262,10 @@ def example_models(seed: int) -> list[nn.Module]:
 
 
 @hookimpl
-def new_model(inputs: int, classes: int, seed: int) -> nn.Module:
+def new_model(inputs: int, classes: int, seed: int, image: tuple[int, int, int] | None) -> nn.Module:
     torch.manual_seed(seed)
+    if image is not None:
+        return SandwichNetwork(**small_images(image), classes=classes)
     return SandwichNetwork(inputs=inputs, classes=classes, dense_depth=2)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lipconvert import DAE, PluginInfo, computes_as, hookimpl
 
+from ._convolution import small_images
 from ._residual import (
     Residual,
     ResidualConv2d,
@@ -91,8 +92,10 @@ def example_models(seed: int) -> list[nn.Module]:
 
 
 @hookimpl
-def new_model(inputs: int, classes: int, seed: int) -> nn.Module:
+def new_model(inputs: int, classes: int, seed: int, image: tuple[int, int, int] | None) -> nn.Module:
     torch.manual_seed(seed)
+    if image is not None:
+        return SLLNetwork(**small_images(image), classes=classes, inner=8)
     return SLLNetwork(inputs=inputs, classes=classes, dense_depth=3)
 
 
