@@ -69,6 +69,8 @@ def convert(
 ) -> Network:
     """The same function with the same Lipschitz constant as LBEN stages and glue, float64 until ``.float()``.
 
+    Conversion and validation run on the CPU; the network is handed back on the model's device.
+
     ``input_shape`` of one sample, where the model does not say it (an attribute ``input_shape``, or its first layer).
     ``epsilon``: ε of every stage; 0 is exact. ``delta``: state each stage's constant at L(1 + δ), which ε > 0 needs for
     most networks (`lipconvert.construction.construct`). ``plugin``: who has the first word where two claim a layer.
@@ -90,4 +92,4 @@ def convert(
     network = Network(modules, constants, groups[0][0].input_shape).eval()
     if check:
         compare(model, network, groups, daes, delta=delta)
-    return network
+    return network.to(next((p.device for p in model.parameters()), network.device))

@@ -101,12 +101,19 @@ NEARLY_TRIANGULAR = 0.5
 
 
 def solve(
-    map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions = DEFAULT, where: str = "equilibrium"
+    map: StateMap,
+    sigma: Elementwise,
+    u: Tensor,
+    options: SolverOptions = DEFAULT,
+    where: str = "equilibrium",
+    *,
+    consume: bool = False,
 ) -> Solution:
     """Solve z = σ(Wz + u) for a batch u (B, n), or (B, n, F) on the map's grid; see `SolverOptions` and `Solution`. Not
     differentiable by itself.
 
-    ``where`` names the equilibrium in messages. Raises `NotConvergedError` (with the solution so far) unless
+    ``where`` names the equilibrium in messages. ``consume``: u may be overwritten, which saves the memory of one state.
+    Raises `NotConvergedError` (with the solution so far) unless
     ``options.throw`` is False, `ShapeError` for a u that does not fit, `InvalidParameterError` for a dtype below float32.
     """
     if u.shape[1:] != (map.states, *map.grid.batch) or u.is_complex() != bool(map.grid):
@@ -120,19 +127,21 @@ def solve(
         )
     with torch.no_grad():
         u = u.detach()
-        solution = _dispatch(map, _in_coordinates(map.grid, sigma), u, options, tolerance)
+        solution = _dispatch(map, _in_coordinates(map.grid, sigma), u, options, tolerance, consume)
     if options.throw and not bool(solution.converged.all()):
         require_finite(u, f"the input Ux + b_z of {where}")
         raise NotConvergedError(solution, tolerance, where)
     return solution
 
 
-def _dispatch(map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions, tolerance: float) -> Solution:
+def _dispatch(
+    map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions, tolerance: float, consume: bool
+) -> Solution:
     method = options.method
     solution: Solution | None = None
     start = torch.zeros_like(u)
     if method == "forward_substitution" or (method == "auto" and map.remainder <= tolerance):
-        z = forward_substitution(map, sigma, u)
+        z = forward_substitution(map, sigma, u, u if consume else None)
         size = map.norm(z)
         return _report(z, map.remainder * size, size, torch.ones_like(size).long(), tolerance, "forward_substitution")
     if method in ("auto", "sweep") and map.remainder <= NEARLY_TRIANGULAR:

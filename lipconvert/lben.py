@@ -262,7 +262,7 @@ class LBEN(nn.Module):
         with torch.no_grad():
             assembled = self._assembled()
             u = self.drive(self._flat(x), assembled)
-            return solve(assembled.map, self.sigma, u, options or self.options, self._where)
+            return solve(assembled.map, self.sigma, u, options or self.options, self._where, consume=True)
 
     def readout(self, z: Tensor) -> Tensor:
         """y = Gz + b_y for states in coordinates, without gradient to G: (B, n) → (B, q), or (B, n, F) → (B, q, h, w)."""

@@ -8,7 +8,7 @@ formula of the core, broadcasts over leading dimensions, so both go through the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,15 +57,6 @@ class Grid:
     def _half(self) -> int:
         return self.image[1] // 2 + 1
 
-    @cached_property
-    def _columns(self) -> Tensor:
-        h, w = self.image
-        column = torch.full((self._half,), 2.0, dtype=torch.float64)
-        column[0] = 1.0
-        if w % 2 == 0:
-            column[-1] = 1.0
-        return column.repeat(h) / (h * w)
-
     def weights(self, like: Tensor) -> Tensor:
         """(F,) weights with Σ_pixels |x|² = Σ_F weight |X|²: 1/(hw) for kx = 0 and, if w is even, kx = w/2; else 2/(hw).
 
@@ -73,7 +64,7 @@ class Grid:
         """
         if not self.image:
             return like.new_ones((), dtype=like.real.dtype)
-        return self._columns.to(like.device, like.real.dtype)
+        return _half_spectrum(*self.image, like.device, like.real.dtype)
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Pixels (B, n, h, w) → coordinates (B, n, F); a dense (B, n) stays as it is."""
@@ -160,6 +151,16 @@ class Grid:
         parts = torch.view_as_real(self.columns(X)).flatten(1)  # one matrix-vector product sums over the frequencies
         power = self.weights(X) @ parts.square()
         return power.reshape(X.shape[1], X.shape[0], 2).sum(-1).sqrt().mT
+
+
+@cache
+def _half_spectrum(h: int, w: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # kept for later calls, which may differentiate
+        row = torch.full((w // 2 + 1,), 2.0 / (h * w), dtype=torch.float64)
+        row[0] = 1.0 / (h * w)
+        if w % 2 == 0:
+            row[-1] = 1.0 / (h * w)
+        return row.repeat(h).to(device, dtype)
 
 
 DENSE = Grid()

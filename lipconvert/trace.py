@@ -57,7 +57,7 @@ class Step:
 def trace(
     model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None, dense: bool = False
 ) -> list[Step]:
-    """The steps of a model, in float64; the model itself is not touched.
+    """The steps of a model, in float64 on the CPU; the model itself is not touched.
 
     ``input_shape`` of one sample; by default the model's own attribute ``input_shape``, or what its first layer says.
     ``dense``: layers on images are stated on flattened ones, which takes small images but any padding.
@@ -68,7 +68,7 @@ def trace(
         raise UnsupportedModuleError(
             "", str(model), "it is not an nn.Module; give the model itself, not its class or file."
         )
-    model = copy.deepcopy(model).double().eval()
+    model = copy.deepcopy(model).to("cpu", torch.float64).eval()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
             require_finite(tensor, f"parameter {name!r}")
