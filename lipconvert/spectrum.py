@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import NotFiniteError, NotPSDError, ShapeError
+from .errors import InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Grid:
         """Pixels (B, n, h, w) → coordinates (B, n, F); a dense (B, n) stays as it is."""
         if not self.image:
             return x
+        if x.dtype not in (torch.float32, torch.float64):
+            raise InvalidParameterError("the dtype of images", x.dtype, "their transform takes float32 or float64")
         return self.samples(torch.fft.rfft2(x).flatten(2).permute(2, 1, 0).contiguous())
 
     def values(self, X: Tensor) -> Tensor:
