@@ -8,20 +8,20 @@ plain module, which recomputes T at each call as in training, is timed beside it
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from lipconvert_plugins.sll import SLLLinear, SLLNetwork
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
 import lipconvert as lc
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
+from measure import command_line, inference, interleaved, max_difference, show, use_threads, write_json
 
 
 def frozen(model: SLLNetwork) -> Callable[[Tensor], Tensor]:
@@ -46,16 +46,8 @@ def measure(features: int, depth: int, batch: int, repeats: int, dtype: torch.dt
     model = SLLNetwork(inputs=features, classes=features, features=features, dense_depth=depth).to(dtype).eval()
     net = lc.convert(model, check=False).to(dtype)
     x = torch.randn(batch, features, dtype=dtype)
-    contestants = {"explicit": frozen(model), "module": model, "lben": net}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    with torch.no_grad():
-        outputs = {name: f(x) for name, f in contestants.items()}
-        for _ in range(repeats):
-            for name, f in contestants.items():
-                start = time.perf_counter()
-                f(x)
-                seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    contestants = {"explicit": inference(frozen(model), x), "module": inference(model, x), "lben": inference(net, x)}
+    median = interleaved(contestants, repeats)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "method": net.methods(x)[0],
@@ -64,30 +56,24 @@ def measure(features: int, depth: int, batch: int, repeats: int, dtype: torch.dt
         "lben_ms": 1e3 * median["lben"],
         "lben_to_explicit": median["lben"] / median["explicit"],
         "lben_to_module": median["lben"] / median["module"],
-        "max_difference": float((outputs["lben"] - outputs["explicit"]).abs().max()),
+        "max_difference": max_difference(contestants["lben"](), contestants["explicit"]()),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line(__doc__, repeats=30, device=False)
     parser.add_argument("--features", type=int, default=512)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    use_threads(options.threads)
     rows = [
         measure(options.features, options.depth, options.batch, options.repeats, dtype)
         for dtype in (torch.float64, torch.float32)
     ]
     title = f"SLL {options.depth} x {options.features}, batch {options.batch}, {torch.get_num_threads()} threads"
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:.3g}" for value in row.values()))
-    Console().print(table)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=2)
+    show(title, rows[0], [list(row.values()) for row in rows])
+    write_json(options.json, rows)
 
 
 if __name__ == "__main__":

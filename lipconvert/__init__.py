@@ -42,7 +42,7 @@ from .lben import LBEN
 from .network import Network
 from .registry import Plugin, Registry, plugins, registry, required_option
 from .schema import RobustnessReport, ValidationReport
-from .spectrum import Grid, conv2d_adjoint, conv2d_same, psd_sqrt, spectral_norm, strided_weight
+from .spectrum import Grid, conv2d_adjoint, conv2d_same, linear_solve, psd_sqrt, spectral_norm, strided_weight
 from .state_map import StateMap
 from .trace import computes_as
 from .validate import validate
@@ -107,6 +107,7 @@ __all__ = [
     "from_state_dict",
     "gauge",
     "hookimpl",
+    "linear_solve",
     "load",
     "max_min",
     "plugins",

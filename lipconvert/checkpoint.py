@@ -88,7 +88,10 @@ def load(path: str | Path) -> Network:
             steps.append(_stage(entry, dtype) if isinstance(entry, StageEntry) else _glue(entry))
         except (LipconvertError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(name, f"manifest step {index}", str(error)) from error
-    net = Network(steps, [None] * len(steps), manifest.input_shape).to(dtype).eval()
+    try:
+        net = Network(steps, [None] * len(steps), manifest.input_shape).to(dtype).eval()
+    except (LipconvertError, TypeError, ValueError) as error:  # the constant of glue whose arguments make no sense
+        raise CheckpointError(name, "manifest steps", str(error)) from error
     _fill(net, tensors, name)
     return net
 
@@ -158,9 +161,9 @@ def _glue_entry(module: nn.Module, path: str) -> GlueEntry:
     arguments: dict[str, Any] = {}
     for name in KNOWN[type(module)]:
         value = getattr(module, name)
-        arguments[name] = (
-            value.tolist() if isinstance(value, Tensor) else list(value) if name == "unflattened_size" else value
-        )
+        arguments[name] = value.tolist() if isinstance(value, Tensor) else value
+        if isinstance(value, tuple):
+            arguments[name] = list(value)
     return GlueEntry(type=type(module).__name__, arguments=arguments)
 
 
@@ -173,7 +176,9 @@ def _glue(entry: GlueEntry) -> nn.Module:
     kind = _KINDS[entry.type]
     if set(arguments) != set(KNOWN[kind]):
         raise ValueError(f"{entry.type} needs the arguments {sorted(KNOWN[kind])}, not {sorted(arguments)}")
-    return kind(**arguments)
+    return kind(
+        **{name: tuple(v) if kind is nn.Unflatten and isinstance(v, list) else v for name, v in arguments.items()}
+    )
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .activations import Activation, Activations
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
-from .spectrum import DENSE, Grid, add_product, psd_sqrt, require_finite, spectral_norm, triangular_factor
+from .spectrum import DENSE, Grid, psd_sqrt, require_finite, spectral_norm, triangular_factor
 
 # States up to which images are expanded into dense matrices: 128 MB for each, and a conversion holds a dozen.
 MOST_DENSE = 4096
@@ -125,7 +125,12 @@ def densify(dae: DAE) -> DAE:
         return dae
     states = dae.states * dae.grid.pixels
     if states > MOST_DENSE:
-        raise ShapeError(f"the dense form of {dae.name!r}", f"at most {MOST_DENSE} states", f"{states} states")
+        raise ShapeError(
+            f"the dense form of {dae.name!r}",
+            f"at most {MOST_DENSE} states",
+            f"{states} states",
+            "Images stay on their grid in lipconvert.convert(model), without dense=True.",
+        )
     flat = coarsen(dae, *dae.grid.image)
     W, U, G, V = (None if M is None else M.real[0] for M in (flat.W, flat.U, flat.G, flat.V))
     return flat.derive(W=W, U=U, G=G, V=V, grid=DENSE)
@@ -212,9 +217,9 @@ def _without(dae: DAE, k: int, rows: slice) -> DAE | None:
     )  # z_e = We z_r + Ue x + b_e
     into_W, into_G = _drop(dae.W[..., rows], rows, -2), dae.G[..., rows]
     return dae.derive(
-        W=add_product(_drop(_drop(dae.W, rows, -2), rows, -1), into_W, We),
-        U=add_product(_drop(dae.U, rows, -2), into_W, Ue),
-        G=add_product(_drop(dae.G, rows, -1), into_G, We),
+        W=_read_through(_drop(_drop(dae.W, rows, -2), rows, -1), into_W, We),
+        U=_read_through(_drop(dae.U, rows, -2), into_W, Ue),
+        G=_read_through(_drop(dae.G, rows, -1), into_G, We),
         Lambda=_drop(dae.Lambda, rows, 0),
         b_z=_drop(dae.bias_z, rows, 0) + _through(into_W, be),
         b_y=dae.bias_y + _through(into_G, be),
@@ -229,13 +234,18 @@ def _drop(M: Tensor, rows: slice, dim: int) -> Tensor:
     return torch.cat([M.narrow(dim, 0, rows.start), M.narrow(dim, rows.stop, M.shape[dim] - rows.stop)], dim)
 
 
+def _read_through(M: Tensor, into: Tensor, through: Tensor) -> Tensor:
+    """M + into·through, written over M; rows of ``into`` that are zero (most do not read the block) cost nothing.
+
+    The product is rounded before it is added: what cancels (see `_compose`) then cancels exactly.
+    """
+    reading = (into != 0).any(-1).reshape(-1, into.shape[-2]).any(0).nonzero().flatten()
+    M[..., reading, :] += into[..., reading, :] @ through
+    return M
+
+
 def _restricted_rows(dae: DAE, V: Tensor, rows: slice, We: Tensor, Ue: Tensor) -> Tensor:
-    # The product is rounded before it is added: what cancels (see `_compose`) then cancels exactly.
-    reduced, reading = (
-        _drop(V, rows, -1),
-        (V[..., rows] != 0).any(-1).reshape(-1, V.shape[-2]).any(0).nonzero().flatten(),
-    )
-    reduced[..., reading, :] += V[..., reading, rows] @ We
+    reduced = _read_through(_drop(V, rows, -1), V[..., rows], We)
     if not bool((Ue != 0).any()):
         return _stack_rows(reduced)
     L = dae.lipschitz

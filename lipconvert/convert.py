@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from .activations import MaxMin, activation_of, is_activation
@@ -27,20 +28,35 @@ def to_dae(
     Layers on images stay on their grid as long as all that follows has a place there; where something has not (``Flatten``,
     pooling), what came before is expanded into a dense DAE on flattened images, which only small ones allow (`densify`).
     ``input_shape`` of one sample, where the model does not say it; ``plugin``: who has the first word; ``dense``: expand
-    from the start. Raises what `trace` raises, `ShapeError` where the dense form is too large.
+    from the start. Layers with strides: a DAE on a grid takes unshuffled images, a dense one flattened images as they are.
+    Raises what `trace` raises, `ShapeError` where the dense form is too large.
     """
     result: DAE | None = None
-    for step in trace(model, input_shape, plugin, dense):
+    unshuffled: list[nn.Module] = []  # what the model's input goes through before it is the DAE's
+    steps = trace(model, input_shape, plugin, dense)
+    for step in steps:
         if result is not None and result.grid and type(step.module) is nn.PixelUnshuffle:
             factor = int(step.module.downscale_factor)
             result = coarsen(result, factor, factor)
+            unshuffled.append(step.module)
             continue
         dae = glue_dae(step) or _flat_dae(step)
         if result is not None and result.grid != dae.grid:
-            result, dae = densify(result), densify(dae)
+            result, dae = _in_order(densify(result), unshuffled, steps[0].input_shape), densify(dae)
+            unshuffled = []
         result = dae if result is None else eliminate(compose(result, dae))
     assert result is not None
     return result.derive(name=type(model).__name__)
+
+
+def _in_order(dae: DAE, unshuffled: Sequence[nn.Module], shape: tuple[int, ...]) -> DAE:
+    """A dense DAE of unshuffled images as one of the images themselves, flattened: the columns of U in their order."""
+    if not unshuffled:
+        return dae
+    place = torch.arange(math.prod(shape)).reshape(1, *shape)
+    U = torch.empty_like(dae.U)
+    U[:, nn.Sequential(*unshuffled)(place).flatten()] = dae.U
+    return dae.derive(U=U)
 
 
 def _flat_dae(step: Step) -> DAE:

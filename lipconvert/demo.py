@@ -29,6 +29,7 @@ from .files import whole
 from .plotting import plot_certified_accuracy
 from .registry import registry
 from .schema import DemoReport, DemoRow, RobustnessReport, TrainConfig
+from .spectrum import one_thread
 from .validate import validate
 
 CURVE_RADII = tuple(k / 100 for k in range(111))  # 0 to 1.1
@@ -120,17 +121,6 @@ def _loosely_solved(model: nn.Module) -> Iterator[None]:
             layer.options = options
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread inside: matrices of 64 rows gain nothing from more, and sums do not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def run_one(
     name: str,
     config: TrainConfig,
@@ -208,7 +198,8 @@ def run(
         x, labels = data.load("digits", split).tensors()
         parts.append((x[:limit], labels[:limit]))
     training, test = parts
-    with _one_thread():
+    # Matrices of 64 rows gain nothing from more, and sums do not depend on the machine's cores.
+    with one_thread():
         rows = [run_one(name, config, training, test, progress) for name in chosen]
     report = DemoReport(
         data="digits",

@@ -158,7 +158,7 @@ def _pooling_lipschitz(pool: nn.AvgPool2d) -> float | None:
     kh, kw = pair(pool.kernel_size)
     if pair(pool.stride) != (kh, kw) or pair(pool.padding) != (0, 0) or pool.ceil_mode:
         return None  # overlapping windows count a pixel more than once
-    return (kh * kw) ** 0.5 / float(pool.divisor_override or kh * kw)
+    return (kh * kw) ** 0.5 / abs(float(pool.divisor_override or kh * kw))
 
 
 def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = "") -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -228,12 +228,21 @@ class Registry:
         return None if image is not None and getattr(model, "input_shape", None) != image else model
 
 
-def required_option(options: Mapping[str, Any], name: str, plugin: str, meaning: str) -> Any:
-    """The value of an option that the weights themselves do not say; raises `MissingOptionError` when it is not given."""
+def required_option(
+    options: Mapping[str, Any], name: str, plugin: str, meaning: str, kind: Callable[[Any], Any] | None = None
+) -> Any:
+    """The value of an option that the weights themselves do not say, read by ``kind`` (``float``, ...).
+
+    Raises `MissingOptionError` when it is not given, `InvalidParameterError` when ``kind`` cannot read it.
+    """
     try:
-        return options[name]
+        value = options[name]
     except KeyError:
         raise MissingOptionError(plugin, name, meaning) from None
+    try:
+        return value if kind is None else kind(value)
+    except (TypeError, ValueError):
+        raise InvalidParameterError(f"option {name!r}", repr(value), f"it must be the {meaning}") from None
 
 
 class _Options(Mapping[str, Any]):

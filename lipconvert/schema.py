@@ -132,7 +132,7 @@ class GlueEntry(_Document):
 
     kind: Literal["glue"] = "glue"
     type: str
-    arguments: dict[str, str | float | int | list[float] | list[int]]
+    arguments: dict[str, str | float | int | list[int] | list[float] | None]
 
 
 class StageEntry(_Document):

@@ -7,6 +7,8 @@ formula of the core, broadcasts over leading dimensions, so both go through the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -264,6 +266,37 @@ class _Gram(torch.autograd.Function):
 def gram(*rows: Tensor) -> Tensor:
     """Σ R′R over matrices (..., r, n) stacked on one another: (..., n, n), differentiable."""
     return _Gram.apply(torch.cat(rows, dim=-2))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def one_thread(wanted: bool = True) -> Iterator[None]:
+    """torch on one thread inside, where ``wanted``."""
+    threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_num_threads(threads)
+
+
+def _lu_goes_wrong(A: Tensor) -> bool:
+    """torch's batched LU on the CPU is wrong on several threads from n = 160 or so (pytorch issue 142815)."""
+    return A.device.type == "cpu" and A.dim() > 2 and A.shape[-1] > 128 and torch.get_num_threads() > 1
+
+
+def lu_factor(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(LU, pivots, info) of A (..., n, n), as ``torch.linalg.lu_factor_ex``: a singular matrix gives infinite solutions."""
+    with one_thread(_lu_goes_wrong(A)):
+        LU, pivots, info = torch.linalg.lu_factor_ex(A)
+    return LU, pivots, info
+
+
+def linear_solve(A: Tensor, B: Tensor) -> Tensor:
+    """A⁻¹B (..., n, k), differentiable; infinite where A is singular."""
+    with one_thread(_lu_goes_wrong(A)):
+        return torch.linalg.solve_ex(A, B)[0]
 
 
 def require_finite(tensor: Tensor, where: str) -> None:

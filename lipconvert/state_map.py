@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidParameterError, ShapeError
-from .spectrum import DENSE, Grid, least_eigenvalue, spectral_norm
+from .spectrum import DENSE, Grid, least_eigenvalue, linear_solve, lu_factor, spectral_norm
 
 
 def triangular_blocks(W: Tensor) -> tuple[int, ...] | None:
@@ -182,7 +182,7 @@ class StateMap:
     def newton_step(self, D: Tensor, r: Tensor) -> Tensor:  # (B, n), (B, n) -> (B, n)
         """(I − DW)⁻¹ r for each sample, D its slopes; infinite where the matrix is singular. Not on a grid: there D, which
         differs from pixel to pixel, couples the frequencies."""
-        return torch.linalg.solve_ex(self._eye() - D.unsqueeze(-1) * self.W, r.unsqueeze(-1))[0].squeeze(-1)
+        return linear_solve(self._eye() - D.unsqueeze(-1) * self.W, r.unsqueeze(-1)).squeeze(-1)
 
     def _eye(self, dtype: torch.dtype | None = None) -> Tensor:
         return torch.eye(self.states, dtype=dtype or self.W.dtype, device=self.W.device)
@@ -190,7 +190,7 @@ class StateMap:
     def _factor(self, alpha: float) -> tuple[Tensor, Tensor]:
         if alpha not in self._factors:
             # Without the check: a singular matrix gives infinite states, and the solve reports that it diverged.
-            LU, pivots, _ = torch.linalg.lu_factor_ex((1.0 + alpha) * self._eye() - alpha * self.W)
+            LU, pivots, _ = lu_factor((1.0 + alpha) * self._eye() - alpha * self.W)
             self._factors[alpha] = (LU, pivots)
         return self._factors[alpha]
 
@@ -299,7 +299,7 @@ class StateMap:
         l2 norm of a channel: ‖K * z_j‖ ≤ max|K̂| ‖z_j‖, and σ does not increase the norm of a channel's difference.
         """
         size, eye = self._size.double(), self._eye(torch.float64)
-        LU, pivots, singular = torch.linalg.lu_factor_ex(eye - size)
+        LU, pivots, singular = lu_factor(eye - size)
         if int(singular):
             return None
         # Collatz-Wielandt: a positive w with |W| w < w proves the radius below 1.

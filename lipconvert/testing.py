@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -48,7 +48,7 @@ from .hookspecs import PluginInfo
 from .lben import LBEN
 from .network import Network
 from .registry import Plugin, registry
-from .trace import group, stage_dae, trace
+from .trace import Step, group, stage_dae, trace
 from .validate import jacobian, relative_difference
 
 try:
@@ -104,6 +104,18 @@ def _least_eigenvalue(dae: DAE) -> tuple[float, float]:
     H = root @ torch.stack(terms).sum(0) @ root
     size = sum(float(torch.linalg.matrix_norm(root @ term @ root, 2).amax()) for term in terms)
     return float(torch.linalg.eigvalsh(0.5 * (H + H.mH)).amin()), max(1.0, size)
+
+
+def _given(steps: Sequence[Step]) -> Iterator[tuple[Step, tuple[int, ...]]]:
+    """Each step with the shape its module is given: that of the glue made for it, where it has some."""
+    for before, step in zip((steps[0], *steps), steps, strict=False):
+        yield step, before.input_shape if before.path == step.path else step.input_shape
+
+
+def _inputs_of(dae: DAE, x: Tensor) -> Tensor:
+    """The inputs of a model as its DAE takes them: flat, or unshuffled where it lives on a coarser grid."""
+    stride = x.shape[-1] // dae.grid.image[1] if dae.grid else 1
+    return nn.functional.pixel_unshuffle(x, stride) if stride > 1 else x.reshape(-1, *dae.input_shape)
 
 
 def _lipschitz_quotient(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -260,7 +272,7 @@ class PluginConformance:
                 for model in registry().example_models(other, self.seeds[0]):
                     with suppress(LipconvertError):  # an example that fails is the other plugin's own affair
                         steps = trace(model, plugin=other)
-                        foreign.extend((s.module, s.input_shape) for s in steps if s.plugin == other)
+                        foreign.extend((step.module, shape) for step, shape in _given(steps) if step.plugin == other)
         for module, shape in foreign:
             answer = registry().ask(self.plugin, "to_dae", model=module.double().eval(), input_shape=shape)
             _true(f"to_dae claims a foreign {type(module).__name__}: {answer!r}", answer is None)
@@ -299,10 +311,10 @@ class PluginConformance:
 
     def test_claims_its_layers(self, model: nn.Module) -> None:
         """At least one module of an example is claimed, and each answer is a DAE or a tuple of four."""
-        claimed = [step for step in trace(model) if step.plugin == self.plugin]
+        claimed = [(step, shape) for step, shape in _given(trace(model)) if step.plugin == self.plugin]
         _true(f"no module of {type(model).__name__} is claimed by {self.plugin}", bool(claimed))
-        for step in claimed:
-            answer = registry().ask(self.plugin, "to_dae", model=step.module, input_shape=step.input_shape)
+        for step, shape in claimed:
+            answer = registry().ask(self.plugin, "to_dae", model=step.module, input_shape=shape)
             fits = isinstance(answer, DAE) or (isinstance(answer, tuple) and len(answer) == 4)
             _true(f"to_dae of {step.path!r} returns {type(answer).__name__}", fits)
 
@@ -358,7 +370,7 @@ class PluginConformance:
         with torch.no_grad():
             y = model(x)
             dae = to_dae(model)
-            through_dae = evaluate(dae, x.reshape(-1, *dae.input_shape)).reshape(y.shape)
+            through_dae = evaluate(dae, _inputs_of(dae, x)).reshape(y.shape)
             through_net = convert(model, check=False)(x)
         _at_most("outputs, DAE - source", relative_difference(through_dae, y), self.output_tolerance)
         _at_most("outputs, LBEN - source", relative_difference(through_net, y), self.output_tolerance)

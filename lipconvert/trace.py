@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, activation_of, is_activation
-from .compose import affine, coarsen, compose, densify, elementwise, eliminate, max_min
+from .compose import affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
@@ -27,6 +27,8 @@ from .registry import registry
 from .spectrum import Grid, require_finite, same_origin, strided_weight
 
 CORE = "core"
+# max Λ / min Λ above which a stage is rescaled
+SPREAD = 1e4
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -334,9 +336,11 @@ def _is_glue(step: Step) -> bool:
 
 
 def stage_dae(steps: list[Step]) -> DAE:
-    """One DAE for steps that all have one: composed, and identity rows that are not needed removed.
+    """One DAE for steps that all have one: composed, identity rows that are not needed removed, well scaled.
 
-    Eliminating after each layer keeps the sizes of one layer more than the result's.
+    Eliminating after each layer keeps the sizes of one layer more than the result's. Where Λ spans more than `SPREAD`
+    (neurons of an SLL with tiny q), and every σ allows it, the states are put into the gauge Λ = I: the same function, but
+    small changes of its parameters are then small changes of W.
     """
     result = steps[0].dae
     assert result is not None
@@ -346,4 +350,5 @@ def stage_dae(steps: list[Step]) -> DAE:
             result = coarsen(result, factor, factor)
         else:
             result = eliminate(compose(result, step.dae))
-    return result
+    spread = float(result.Lambda.max() / result.Lambda.min())
+    return gauge(result) if spread > SPREAD and result.sigma.homogeneous else result

@@ -88,7 +88,9 @@ def compare(
 ) -> ValidationReport:
     """`validate`, for a source that is traced and composed already: ``daes``, None for glue, one for each of ``groups``."""
     if len(groups) != len(net.steps):
-        raise ShapeError("the converted network", f"{len(groups)} steps as its source has", f"{len(net.steps)} steps")
+        hint = "A network made with merge or dense is validated with the same."
+        expected, actual = f"{len(groups)} steps as its source has", f"{len(net.steps)} steps"
+        raise ShapeError("the converted network", expected, actual, hint)
     if inputs is None:
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(64, *net.input_shape, generator=generator, dtype=torch.float64)

@@ -47,7 +47,7 @@ def test_by_hand():
         assert report.certified_accuracy == [0.5, 0.5, 0.25, 0.0]
         assert report.natural_accuracy == 0.5
         assert (report.samples, report.unconverged, report.lipschitz, report.method) == (4, 0, L, "prescribed")
-        assert report.worst_error == 0.0
+        assert report.worst_error <= 1e-15  # W = 0 is rebuilt to round-off
 
 
 def test_strictly_greater():

@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lipconvert_plugins.aol import AOLNetwork
+from lipconvert_plugins.cpl import CPLNetwork
+from lipconvert_plugins.g_mondeq import GMonDEQConv2d
+from lipconvert_plugins.mondeq import MonDEQConv2d
+from lipconvert_plugins.sandwich import SandwichNetwork
+from lipconvert_plugins.sll import SLLConv2d, SLLLinear, SLLNetwork
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -118,6 +124,204 @@ class TestRoundTrip:
         lc.save(other, path)
         assert torch.equal(lc.load(path).stages[0].V, other.stages[0].V)
         assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def convolutional():
+    """Images (2, 8, 4) through every kind of glue on images and two convolutional stages into a dense one."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        lc.Normalize([0.1, 0.2], [0.25, 0.3]),
+        lc.PadChannels(4),
+        nn.PixelUnshuffle(2),
+        lc.MaxMin(),
+        nn.PixelShuffle(2),
+        SLLConv2d(4, 3),
+        nn.AvgPool2d(2, divisor_override=2),
+        SLLConv2d(4, 2, kernel_size=(1, 2), activation=nn.Tanh()),
+        lc.MeanPool(2),
+        nn.Flatten(),
+        SLLLinear(8, 5),
+        lc.FirstFeatures(3),
+    )
+
+
+IMAGE = (2, 8, 4)
+
+
+class TestImages:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+    def test_bit_by_bit(self, dtype, tmp_path):
+        net = lc.convert(convolutional(), IMAGE).to(dtype)
+        kinds = ["Normalize", "PadChannels", "PixelUnshuffle", "MaxMin", "PixelShuffle", "LBEN", "AvgPool2d", "LBEN"]
+        kinds += ["MeanPool", "Flatten", "LBEN", "FirstFeatures"]
+        assert [type(step).__name__ for step in net.steps] == kinds
+        path = tmp_path / "net.safetensors"
+        lc.save(net, path)
+        stored, metadata = tensors_of(path)
+        tensors = dict(net.named_parameters()) | dict(net.named_buffers())
+        assert {k: bits(v) for k, v in stored.items()} == {k: bits(v) for k, v in tensors.items()}
+        assert stored["steps.5.G"].shape == (4, 7, 8, 4)  # identity rows for the skip, 3 neurons; 8×4 pixels
+        entries = json.loads(metadata["lipconvert"])["steps"]
+        assert [entry["image"] for entry in entries if entry["kind"] == "lben"] == [[8, 4], [4, 2], []]
+        loaded = lc.load(path)
+        assert [type(step).__name__ for step in loaded.steps] == kinds
+        again = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+        assert {k: bits(v) for k, v in again.items()} == {k: bits(v) for k, v in tensors.items()}
+        assert loaded.info() == net.info()
+        assert loaded.step_lipschitz == net.step_lipschitz
+        x = samples(net)
+        with torch.no_grad():
+            assert torch.equal(loaded(x), net(x))
+            expected = convolutional()(x.double())
+        assert loaded.methods(x) == net.methods(x)
+        tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+        torch.testing.assert_close(loaded(x).double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+    @pytest.mark.parametrize(
+        ("how", "model"),
+        [
+            ({"dense": True}, nn.Sequential(nn.Identity(), SLLConv2d(2, padding_mode="zeros"), lc.MeanPool(2))),
+            ({"merge": True}, nn.Sequential(SLLConv2d(2), nn.PixelUnshuffle(2), SLLConv2d(8, 2, 1))),
+            ({"epsilon": 1e-6, "delta": 1e-2}, nn.Sequential(SLLConv2d(2), nn.Flatten(), SLLLinear(16))),
+        ],
+        ids=["dense", "merge", "strict"],
+    )
+    def test_other_ways_of_converting(self, how, model, tmp_path):
+        net = lc.convert(model.double(), (2, 4, 2), **how)
+        lc.save(net, tmp_path / "net.safetensors")
+        loaded = lc.load(tmp_path / "net.safetensors")
+        assert [type(step) for step in loaded.steps] == [type(step) for step in net.steps]
+        assert [s.epsilon for s in loaded.stages] == [s.epsilon for s in net.stages]
+        assert loaded.lipschitz == net.lipschitz
+        x = samples(net)
+        with torch.no_grad():
+            assert torch.equal(loaded(x), net(x))
+
+    @pytest.mark.parametrize(
+        "pool",
+        [
+            nn.AvgPool2d(2),
+            nn.AvgPool2d((2, 1)),
+            nn.AvgPool2d((2, 2), divisor_override=2),
+            nn.AvgPool2d(2, 2, divisor_override=3),
+        ],
+        ids=["mean", "tuple", "tuple and divisor", "stride and divisor"],
+    )
+    def test_average_pooling(self, pool, tmp_path):
+        net = lc.convert(nn.Sequential(SLLConv2d(2).double(), pool), (2, 4, 2))
+        lc.save(net, tmp_path / "net.safetensors")
+        loaded = lc.load(tmp_path / "net.safetensors")
+        assert loaded.lipschitz == net.lipschitz
+        x = samples(net)
+        with torch.no_grad():
+            assert torch.equal(loaded(x), net(x))
+
+
+@pytest.fixture
+def image_checkpoint(tmp_path):
+    """(tensors, manifest, rewrite(tensors, manifest)) of a good checkpoint of `convolutional`; steps 5, 7 and 10 are LBEN."""
+    path = tmp_path / "net.safetensors"
+    lc.save(lc.convert(convolutional(), IMAGE, check=False), path)
+    tensors, metadata = tensors_of(path)
+    manifest = json.loads(metadata["lipconvert"])
+
+    def rewrite(new_tensors=tensors, new_manifest=manifest):
+        save_file(new_tensors, path, metadata={"lipconvert": json.dumps(new_manifest)})
+        return path
+
+    return tensors, manifest, rewrite
+
+
+class TestBadImages:
+    @pytest.mark.parametrize(
+        "image", [[4, 8], [8, 3], [16, 2], [32], [8, 4, 1], [0, 4], [-8, 4], [8, 0], [], [10**9, 10**9]], ids=str
+    )
+    def test_an_image_of_another_size(self, image_checkpoint, image):
+        _, manifest, rewrite = image_checkpoint
+        manifest["steps"][5]["image"] = image
+        with pytest.raises(lc.CheckpointError, match="the manifest says") as caught:
+            lc.load(rewrite(new_manifest=manifest))
+        assert caught.value.field == "tensor 'steps.5.U'"
+
+    @pytest.mark.parametrize("image", [[8.5, 4], None, "84", [[8], 4], 8], ids=str)
+    def test_an_image_that_is_none(self, image_checkpoint, image):
+        _, manifest, rewrite = image_checkpoint
+        manifest["steps"][5]["image"] = image
+        with pytest.raises(lc.CheckpointError, match="image"):
+            lc.load(rewrite(new_manifest=manifest))
+
+    def test_an_image_where_there_is_none(self, image_checkpoint):
+        _, manifest, rewrite = image_checkpoint
+        manifest["steps"][10]["image"] = [1, 1]
+        with pytest.raises(lc.CheckpointError, match=r"tensor 'steps\.10\.U'"):
+            lc.load(rewrite(new_manifest=manifest))
+
+    @pytest.mark.parametrize("parameter", ["G", "U", "V", "S"])
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda t, k: t.pop(k), "missing"),
+            (lambda t, k: t.update({k: t[k].mT.contiguous()}), "the manifest says"),
+            (lambda t, k: t.update({k: t[k][..., :-1].contiguous()}), "the manifest says"),
+            (lambda t, k: t.update({k: t[k][1:].contiguous()}), "the manifest says"),
+            (lambda t, k: t.update({k: t[k][..., 0, 0].contiguous()}), "the manifest says"),
+            (lambda t, k: t.update({k: t[k].flatten(2)}), "the manifest says"),
+            (lambda t, k: t.update({k: t[k].float()}), "float32"),
+            (lambda t, k: t[k].view(-1)[-1].fill_(float("nan")), "NaN or infinity"),
+        ],
+        ids=["missing", "turned", "narrow", "rows", "dense", "flat", "float32", "nan"],
+    )
+    def test_kernels(self, image_checkpoint, parameter, change, reason):
+        tensors, _, rewrite = image_checkpoint
+        key = f"steps.7.{parameter}"
+        change(tensors, key)
+        with pytest.raises(lc.CheckpointError, match=reason) as caught:
+            lc.load(rewrite(new_tensors=tensors))
+        assert caught.value.field == f"tensor {key!r}"
+
+    def test_a_bias_for_each_pixel(self, image_checkpoint):
+        tensors, _, rewrite = image_checkpoint
+        tensors["steps.5.b_z"] = tensors["steps.5.b_z"][:, None, None].expand(-1, 8, 4).contiguous()
+        with pytest.raises(lc.CheckpointError, match=r"tensor 'steps\.5\.b_z'.*the manifest says"):
+            lc.load(rewrite(new_tensors=tensors))
+
+    def test_manifests_from_before_there_were_images(self, image_checkpoint):
+        _, manifest, rewrite = image_checkpoint
+        del manifest["steps"][10]["image"]  # dense: nothing else is needed
+        loaded = lc.load(rewrite(new_manifest=manifest))
+        assert [stage.grid.image for stage in loaded.stages] == [(8, 4), (4, 2), ()]
+        del manifest["steps"][5]["image"]
+        with pytest.raises(lc.CheckpointError, match=r"tensor 'steps\.5\.U'"):
+            lc.load(rewrite(new_manifest=manifest))
+
+    def test_a_dense_checkpoint_from_before_there_were_images(self, checkpoint):
+        path, _, manifest, rewrite = checkpoint
+        x = samples(lc.load(path))
+        with torch.no_grad():
+            expected = lc.load(path)(x)
+            for step in manifest["steps"]:
+                step.pop("image", None)
+            assert torch.equal(lc.load(rewrite(new_manifest=manifest))(x), expected)
+
+    @pytest.mark.parametrize(
+        ("index", "arguments"),
+        [
+            (2, {"downscale_factor": 2, "more": 1}),
+            (3, {"channels": 4}),
+            (4, {}),
+            (6, {"kernel_size": 2}),
+            (6, {"kernel_size": 0, "divisor_override": 2}),
+            (6, {"kernel_size": "2", "divisor_override": 2}),
+            (6, {"kernel_size": [2, 2, 2], "divisor_override": 2}),
+            (8, {"kernel_size": 0}),
+        ],
+        ids=str,
+    )
+    def test_glue_with_wrong_arguments(self, image_checkpoint, index, arguments):
+        _, manifest, rewrite = image_checkpoint
+        manifest["steps"][index]["arguments"] = arguments
+        with pytest.raises(lc.CheckpointError, match="manifest step"):
+            lc.load(rewrite(new_manifest=manifest))
 
 
 class TestNothingHalfWritten:
@@ -431,3 +635,167 @@ class TestRecognition:
         rebuilt = lc.from_state_dict(state, {"m": model.m, "activation": "relu"})
         for key, value in model.state_dict().items():
             assert torch.equal(rebuilt.state_dict()[key], value)
+
+
+NETWORKS = {"sll": SLLNetwork, "cpl": CPLNetwork, "aol": AOLNetwork, "sandwich": SandwichNetwork}
+EQUILIBRIA = {"mondeq": MonDEQConv2d, "g_mondeq": GMonDEQConv2d}
+
+
+def shaken(model):
+    for parameter in model.parameters():
+        if parameter.dim():
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def image_network(name, image=(6, 4), pool=2):
+    """(model, options) of a small convolutional network whose channels and widths all differ."""
+    torch.manual_seed(0)
+    sizes = {"image": image, "in_channels": 2, "channels": 3, "conv_depth": 2, "pool": pool, "dense_depth": 1}
+    extra = {"inner": 4, "dense_inner": 7} if name in ("sll", "cpl") else {"features": 5, "kernel_size": (3, 2)}
+    extra |= {"lipschitz": 1.7} if name == "sandwich" else {}
+    model = shaken(NETWORKS[name](**sizes, **extra, classes=3, activation=nn.Tanh()))
+    options = {"image": "x".join(map(str, image)), "in_channels": 2, "pool": pool, "activation": "tanh"}
+    if name in ("sll", "cpl"):
+        options["classes"] = 3
+    elif name == "sandwich":
+        options["lipschitz"] = 1.7
+    return model, options
+
+
+class TestConvolutionalRecognition:
+    @pytest.mark.parametrize(("image", "text"), [((6, 4), "6x4"), ((8, 8), "8"), ((32, 32), 32), ((6, 4), "(6, 4)")])
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_networks(self, name, image, text):
+        model, options = image_network(name, image, pool=2 if image[0] < 32 else 16)
+        rebuilt = lc.from_state_dict(model.state_dict(), options | {"image": text})
+        assert type(rebuilt) is type(model)
+        assert rebuilt.input_shape == model.input_shape == (2, *image)
+        x = torch.randn(3, 2, *image)
+        with torch.no_grad():
+            assert torch.equal(rebuilt(x), model(x))
+
+    @pytest.mark.parametrize("pool", [1, 2])
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_the_constant_is_that_of_the_model(self, name, pool):
+        model, options = image_network(name, pool=pool)
+        rebuilt = lc.from_state_dict(model.float().state_dict(), options)
+        assert next(rebuilt.parameters()).dtype is torch.float32
+        net = lc.convert(rebuilt)
+        assert net.lipschitz == lc.convert(model, check=False).lipschitz
+        assert net.lipschitz == pytest.approx(1.7 if name == "sandwich" else 1.0, rel=1e-12)
+
+    @pytest.mark.parametrize("kernel_size", [3, (1, 2)], ids=str)
+    @pytest.mark.parametrize("readout", [2, None], ids=["readout", "states"])
+    @pytest.mark.parametrize("lipschitz", [None, 2.0, 2], ids=["free", "prescribed", "a whole number"])
+    @pytest.mark.parametrize("name", EQUILIBRIA)
+    def test_equilibria(self, name, lipschitz, readout, kernel_size):
+        model = EQUILIBRIA[name](2, 3, readout, kernel_size, m=0.6, lipschitz=lipschitz, activation=nn.Tanh())
+        shaken(model)
+        options = {"m": 0.6, "activation": "tanh", "lipschitz": "free" if lipschitz is None else lipschitz}
+        rebuilt = lc.from_state_dict(model.state_dict(), options)
+        assert type(rebuilt) is type(model)
+        assert rebuilt.prescribed == lipschitz
+        x = torch.randn(3, 2, 4, 3)
+        with torch.no_grad():
+            assert torch.equal(rebuilt(x), model(x))
+
+    def test_a_layout_of_the_public_mondeq_code(self):
+        model = shaken(MonDEQConv2d(2, 3, 2, m=0.6))
+        state = {
+            ("" if key.startswith("Wout") else "mon.linear_module.") + key: value
+            for key, value in model.state_dict().items()
+        }
+        rebuilt = lc.from_state_dict(state, {"m": 0.6, "activation": "relu", "lipschitz": "free"})
+        x = torch.randn(2, 2, 3, 3)
+        with torch.no_grad():
+            assert torch.equal(rebuilt(x), model(x))
+
+    @pytest.mark.parametrize("name", [*NETWORKS, *EQUILIBRIA])
+    def test_every_missing_option_is_named(self, name):
+        if name in NETWORKS:
+            model, options = image_network(name)
+        else:
+            model, options = EQUILIBRIA[name](2, 3), {"m": 1.0, "activation": "relu", "lipschitz": "free"}
+        state = model.state_dict()
+        for missing in options:
+            given = {key: value for key, value in options.items() if key != missing}
+            with pytest.raises(lc.MissingOptionError, match=f"--option {missing}=") as caught:
+                lc.from_state_dict(state, given)
+            assert (caught.value.plugin, caught.value.option) == (name, missing)
+        with pytest.raises(lc.InvalidParameterError, match="'surprise'"):
+            lc.from_state_dict(state, options | {"surprise": 1})
+        lc.from_state_dict(state, options)
+
+    @pytest.mark.parametrize(
+        ("option", "value", "said"),
+        [
+            ("image", "5x4", "the image"),
+            ("pool", 4, "pool"),
+            ("pool", 0, "pool"),
+            ("image", "12x8", r"\w+0\.weight|features"),
+            ("pool", 1, r"\w+0\.weight|features"),
+            ("in_channels", 4, r"conv0\.weight|channels"),
+            ("activation", "gelu", "gelu"),
+        ],
+    )
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_options_that_do_not_fit(self, name, option, value, said):
+        model, options = image_network(name)
+        with pytest.raises(lc.LipconvertError, match=said):
+            lc.from_state_dict(model.state_dict(), options | {option: value})
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("image", "0x4"),
+            ("image", "-6x4"),
+            ("image", "6x4x2"),
+            ("image", "sixty"),
+            ("in_channels", 0),
+            ("in_channels", "two"),
+            ("pool", 2.5),
+        ],
+    )
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_options_that_are_no_sizes_are_named(self, name, option, value):
+        model, options = image_network(name)
+        with pytest.raises(lc.LipconvertError, match=option):
+            lc.from_state_dict(model.state_dict(), options | {option: value})
+
+    @pytest.mark.parametrize(("option", "value"), [("m", 0.0), ("m", "x"), ("lipschitz", -1), ("lipschitz", "none")])
+    @pytest.mark.parametrize("name", EQUILIBRIA)
+    def test_numbers_of_equilibria_that_do_not_fit(self, name, option, value):
+        options = {"m": 1.0, "activation": "relu", "lipschitz": "free", option: value}
+        with pytest.raises(lc.LipconvertError, match=rf"\b{option}\b"):
+            lc.from_state_dict(EQUILIBRIA[name](2, 3, 2).state_dict(), options)
+
+    @pytest.mark.parametrize("name", [*NETWORKS, *EQUILIBRIA])
+    def test_a_tensor_that_does_not_fit_is_named(self, name):
+        if name in NETWORKS:
+            model, options = image_network(name)
+            keys = ["conv0.bias", "conv1.weight", "conv1.bias", f"{name}0.bias"]
+        else:
+            model, options = EQUILIBRIA[name](2, 3, 2), {"m": 1.0, "activation": "relu", "lipschitz": "free"}
+            keys = ["B.weight", "Wout.weight", *(["log_phi"] if name == "g_mondeq" else [])]
+        for key in keys:
+            state = model.state_dict()
+            state[key] = state[key][..., :-1].clone()
+            with pytest.raises(lc.LipconvertError, match=key.replace(".", r"\.")):
+                lc.from_state_dict(state, options)
+            if name in NETWORKS:
+                del state[key]
+                with pytest.raises(lc.LipconvertError, match=key.replace(".", r"\.")):
+                    lc.from_state_dict(state, options)
+
+    @pytest.mark.parametrize("name", [*NETWORKS, *EQUILIBRIA])
+    def test_a_matrix_in_the_place_of_a_kernel_is_named(self, name):
+        if name in NETWORKS:
+            (model, options), key = image_network(name), "conv0.weight"
+        else:
+            model, options = EQUILIBRIA[name](2, 3, 2), {"m": 1.0, "activation": "relu", "lipschitz": "free"}
+            key = "U.weight"
+        state = model.state_dict()
+        state[key] = state[key].flatten(1)
+        with pytest.raises(lc.LipconvertError, match=key.replace(".", r"\.")):
+            lc.from_state_dict(state, options)

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 from lipconvert_plugins.mondeq import MonDEQ
-from lipconvert_plugins.sll import SLLNetwork
+from lipconvert_plugins.sll import SLLConv2d, SLLNetwork
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -28,6 +28,19 @@ def flat():
 def image():
     torch.manual_seed(0)
     model = nn.Sequential(lc.Normalize([0.5], [0.25]), nn.Flatten(), SLLNetwork(inputs=64, classes=10))
+    model.input_shape = (1, 8, 8)
+    return model
+
+
+def convolution():
+    torch.manual_seed(0)
+    return SLLNetwork(image=8, in_channels=1, channels=2, inner=3, conv_depth=2, dense_depth=1)
+
+
+def padded():
+    torch.manual_seed(0)
+    layer = SLLConv2d(1, 2, padding_mode="zeros")
+    model = nn.Sequential(layer, lc.MeanPool(2), nn.Flatten(), lc.FirstFeatures(10))
     model.input_shape = (1, 8, 8)
     return model
 
@@ -54,7 +67,7 @@ def models(tmp_path, monkeypatch):
     """A module ``my_models`` of factories, and an empty current folder."""
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("my_models")
-    for factory in (flat, image, chatty, failing, leaving, nothing):
+    for factory in (flat, image, convolution, padded, chatty, failing, leaving, nothing):
         setattr(module, factory.__name__, factory)
     module.built, module.number = flat(), 3
     monkeypatch.setitem(sys.modules, "my_models", module)
@@ -177,12 +190,12 @@ def plain_accuracies(model, x, labels, L, radii):
     return [sum(m > math.sqrt(2) * L * r for m in margins) / len(margins) for r in (0.0, *radii)]
 
 
-@pytest.mark.parametrize("factory", ["flat", "image"])
+@pytest.mark.parametrize("factory", ["flat", "image", "convolution"])
 def test_certify_counts_margins(factory, models):
     model = getattr(models, factory)()
     L = 4.0 if factory == "image" else 1.0
     x, labels = data.load("digits").tensors()
-    x = (x if factory == "image" else x.flatten(1))[:100].double()
+    x = (x.flatten(1) if factory == "flat" else x)[:100].double()
     expected = plain_accuracies(model, x, labels[:100], L, (0.01, 36 / 255))
     arguments = ("certify", f"my_models:{factory}", "--data", "digits", "--limit", 100, "--radii", "36/255, 0.01")
     report = RobustnessReport.model_validate(as_json(*arguments))
@@ -227,6 +240,59 @@ def test_info_of_a_checkpoint_and_of_a_model_agree():
     assert of_checkpoint == as_json("info", "my_models:flat")
     assert of_checkpoint["steps"][0]["states"] == 64 + 2 * 64  # one identity block, a block for each layer
     assert "L = 1" in run("info", "net.safetensors").stdout
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_convolutional_network(tmp_path, dtype):
+    document = as_json("convert", "my_models:convolution", "--out", "net.safetensors", "--dtype", dtype)
+    assert document["validation"]["passed"]
+    stages = [step for step in document["network"]["steps"] if step["kind"] == "lben"]
+    assert [stage["image"] for stage in stages] == [[8, 8], []]
+    assert [stage["states"] for stage in stages] == [2 + 2 * 3, 10 + 10]  # 2·(8/4)² features, padded to the 10 classes
+    net = lc.load(tmp_path / "net.safetensors")
+    x = torch.rand(20, 1, 8, 8)
+    with torch.no_grad():
+        expected, found = convolution()(x), net(x.to(net.dtype)).double()
+    tolerance = 1e-12 if dtype == "float64" else 1e-5  # what a conversion promises, or better
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    of_checkpoint = as_json("info", "net.safetensors")
+    assert of_checkpoint == document["network"] == as_json("info", "my_models:convolution", "--dtype", dtype)
+    assert as_json("validate", "my_models:convolution", "--net", "net.safetensors")["passed"]
+    shown = run("info", "net.safetensors").stdout
+    assert "MeanPool" in shown
+    assert "2x8x8" in shown  # channels, height, width
+    bent = convolution()
+    with torch.no_grad():
+        bent.conv1.bias[0] += 0.5
+    sys.modules["my_models"].bent = lambda: bent
+    result = run("validate", "my_models:bent", "--net", "net.safetensors", code=1)
+    assert "error: validation failed" in result.stderr
+
+
+def test_zero_padding_needs_the_dense_form(tmp_path):
+    refused = run("convert", "my_models:padded", "--out", "net.safetensors", code=2)
+    assert "circular" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+    document = as_json("convert", "my_models:padded", "--dense", "--out", "net.safetensors")
+    assert all(step["image"] == [] for step in document["network"]["steps"])
+    assert as_json("validate", "my_models:padded", "--dense", "--net", "net.safetensors")["passed"]
+    x = torch.rand(5, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(lc.load("net.safetensors")(x), padded()(x), rtol=0, atol=1e-12)  # logits of size 1
+
+
+def test_recognised_convolutional_weights(tmp_path):
+    torch.manual_seed(5)
+    model = SLLNetwork(image=(8, 4), in_channels=2, channels=3, conv_depth=1, pool=2, dense_depth=1, classes=3)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    given = {"image": "8x4", "in_channels": 2, "pool": 2, "classes": 3, "activation": "relu"}
+    options = [f"--option={key}={value}" for key, value in given.items()]
+    for k, missing in enumerate(given):
+        assert f"--option {missing}=" in run("info", "w.pt", *options[:k], code=2).stderr
+    run("convert", "w.pt", *options, "--out", "net.safetensors")
+    x = torch.randn(5, 2, 8, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(lc.load("net.safetensors")(x), model(x), rtol=0, atol=1e-12)  # logits of size 1
 
 
 @pytest.mark.parametrize(

@@ -95,24 +95,39 @@ def small_images(image: tuple[int, int, int]) -> dict[str, Any]:
     return {"image": (h, w), **sizes}
 
 
+def whole(value: object) -> int:
+    """A positive whole number, as text too."""
+    number = int(str(value))
+    if number < 1:
+        raise ValueError(value)
+    return number
+
+
+def image_size(value: object) -> tuple[int, int]:
+    """(h, w) from 32, "32", "28x20" or (28, 20)."""
+    sizes = [whole(part) for part in str(value).strip("()").replace(",", "x").split("x")]
+    if len(sizes) > 2:
+        raise ValueError(value)
+    return sizes[0], sizes[-1]
+
+
 def front_arguments(
     state_dict: Mapping[str, Tensor], options: Mapping[str, Any], plugin: str, convolutions: int
 ) -> dict[str, Any]:
     """The arguments of a `Front` and ``conv_depth`` from a network's tensors and, for what they do not say, options."""
     if not convolutions:
         return {}
-    needed = {
-        "image": "height and width of the input: 32, or 28x20",
-        "in_channels": "channels of the input",
-        "pool": "window of the mean pooling before the dense layers, 1 for none",
+    needed: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "image": ("height and width of the input: 32, or 28x20", image_size),
+        "in_channels": ("channels of the input", whole),
+        "pool": ("window of the mean pooling before the dense layers, 1 for none", whole),
     }
-    given = {name: required_option(options, name, plugin, meaning) for name, meaning in needed.items()}
-    sizes = str(given["image"]).strip("()").replace(",", "x").split("x")
+    given = {name: required_option(options, name, plugin, *needed[name]) for name in needed}
     kernel = state_dict["conv0.weight"].shape
+    if len(kernel) != 4:
+        raise ShapeError("tensor 'conv0.weight'", "(out, in, k, k)", tuple(kernel))
     return {
-        "image": (int(sizes[0]), int(sizes[-1])),
-        "in_channels": int(given["in_channels"]),
-        "pool": int(given["pool"]),
+        **given,
         "conv_depth": convolutions,
         "kernel_size": (kernel[2], kernel[3]),
     }

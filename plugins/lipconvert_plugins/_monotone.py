@@ -14,6 +14,7 @@ from lipconvert import (
     Activations,
     Grid,
     InvalidParameterError,
+    ShapeError,
     SolverOptions,
     StateMap,
     activation_module,
@@ -265,16 +266,19 @@ def monotone_from_state_dict(
         return None
     images = tensors["A.weight"].dim() == 4
     arguments: dict[str, Any] = {
-        "m": float(required_option(options, "m", name, "the monotonicity of W = I - Φ(A'A + B' - B + mI)")),
+        "m": required_option(options, "m", name, "the monotonicity of W = I - Φ(A'A + B' - B + mI)", float),
         "activation": activation_module(
             required_option(options, "activation", name, "relu, tanh, leaky_relu(0.1), ...")
         ),
     }
     if stored or images:
         meaning = "the constant γ that U and Wout are scaled to" + (', or "free"' if images else "")
-        lipschitz = required_option(options, "lipschitz", name, meaning)
-        arguments["lipschitz"] = None if images and lipschitz == "free" else float(lipschitz)
+        arguments["lipschitz"] = required_option(
+            options, "lipschitz", name, meaning, lambda v: None if images and v == "free" else float(v)
+        )
     U = tensors["U.weight"] if not stored else next(v for k, v in tensors.items() if k.startswith("U.param"))
+    if U.dim() != tensors["A.weight"].dim():
+        raise ShapeError("tensor 'U.weight'", f"{tensors['A.weight'].dim()} dimensions, as A.weight", tuple(U.shape))
     sizes = (U.shape[1], len(U), len(tensors["Wout.bias"]) if "Wout.bias" in tensors else None)
     kernel = {"kernel_size": (U.shape[2], U.shape[3])} if images else {}
     model = (conv if images else kind)(*sizes, **kernel, **arguments).to(U.dtype)

@@ -14,6 +14,7 @@ from lipconvert import (
     Activations,
     FirstFeatures,
     Grid,
+    InvalidParameterError,
     PadChannels,
     activation_module,
     activation_of,
@@ -32,6 +33,7 @@ from ._convolution import (
     kernel_shape,
     require_circular,
     split_layers,
+    whole,
 )
 
 
@@ -223,6 +225,8 @@ class ResidualNetwork(nn.Sequential):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if image is not None and channels < in_channels:
+            raise InvalidParameterError("channels", channels, f"there are {in_channels} input channels")
         front = Front(inputs, image, channels if image is not None else in_channels, channels, conv_depth, pool)
         self.input_shape = front.input_shape if image is None else (in_channels, *front.input_shape[1:])
         if image is not None and channels != in_channels:
@@ -232,6 +236,10 @@ class ResidualNetwork(nn.Sequential):
         for name, module in front.joint():
             self.add_module(name, module)
         width = max(front.features, classes) if features is None else features
+        if width < max(front.features, classes):
+            raise InvalidParameterError(
+                "features", width, f"{front.features} reach the dense layers, and {classes} leave"
+            )
         if width != front.features:
             self.add_module("pad", PadChannels(width))
         for k in range(dense_depth):
@@ -255,13 +263,12 @@ def residual_from_state_dict(
     if convolutions:
         arguments |= {"inner": len(state_dict["conv0.weight"]), "channels": state_dict["conv0.weight"].shape[1]}
     else:
-        arguments["inputs"] = int(
-            required_option(options, "inputs", network.prefix, "size of the flat input before padding")
-        )
+        meaning = "size of the flat input before padding"
+        arguments["inputs"] = required_option(options, "inputs", network.prefix, meaning, whole)
     weight = state_dict[f"{network.prefix}0.weight"]
     model = network(
         **arguments,
-        classes=int(required_option(options, "classes", network.prefix, "number of logits")),
+        classes=required_option(options, "classes", network.prefix, "number of logits", whole),
         features=weight.shape[1],
         dense_depth=depth,
         dense_inner=len(weight),

@@ -21,6 +21,7 @@ from lipconvert import (
     affine,
     computes_as,
     hookimpl,
+    linear_solve,
     required_option,
 )
 
@@ -36,7 +37,7 @@ def cayley(M: Tensor) -> Tensor:
     X, Y = M[..., :c, :], M[..., c:, :]
     eye = torch.eye(c, dtype=M.dtype, device=M.device).expand_as(X)
     Z = X - X.mH + Y.mH @ Y
-    stacked = torch.linalg.solve(eye + Z, torch.cat([eye - Z, eye], -1))
+    stacked = linear_solve(eye + Z, torch.cat([eye - Z, eye], -1))
     return torch.cat([stacked[..., :c], -2.0 * Y @ stacked[..., c:]], -2)
 
 
@@ -240,7 +241,7 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
         classes=shapes[-1][0],
         features=shapes[0][0],
         dense_depth=depth - 1,
-        lipschitz=float(required_option(options, "lipschitz", "sandwich", "the prescribed constant γ of the network")),
+        lipschitz=required_option(options, "lipschitz", "sandwich", "the prescribed constant γ of the network", float),
         activation=activation_module(
             required_option(options, "activation", "sandwich", "relu, tanh, leaky_relu(0.1), ...")
         ),
