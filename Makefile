@@ -54,7 +54,9 @@ schemas: $(VENV)/.installed
 	$(BIN)/python -P -c "from lipconvert.schema import main; main('schemas')"
 
 bench: $(VENV)/.installed-test
-	@for file in benchmarks/*.py; do $(BIN)/python -P $$file $(ARGS) || exit 1; done
+	$(BIN)/python -P benchmarks/forward.py
+	$(BIN)/python -P benchmarks/against_reference.py $(ARGS)
+	$(BIN)/python -P benchmarks/scaling.py --quick
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis tests/.hypothesis

@@ -36,7 +36,7 @@ from .errors import (
     UnsupportedModuleError,
     WeightsError,
 )
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operator
 from .hookspecs import PluginInfo, hookimpl
 from .lben import LBEN
 from .network import Network
@@ -100,6 +100,7 @@ __all__ = [
     "conv2d_adjoint",
     "conv2d_same",
     "convert",
+    "dense_operator",
     "densify",
     "elementwise",
     "eliminate",

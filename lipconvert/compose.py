@@ -116,6 +116,13 @@ def coarsen(dae: DAE, rows: int, columns: int) -> DAE:
     )
 
 
+def require_small(size: int, where: str) -> None:
+    """Raise `ShapeError` for a dense matrix of more than `MOST_DENSE` rows or columns."""
+    if size > MOST_DENSE:
+        hint = "Images stay on their grid in lipconvert.convert(model), without dense=True."
+        raise ShapeError(where, f"at most {MOST_DENSE} of them", f"{size} rows or columns", hint)
+
+
 def densify(dae: DAE) -> DAE:
     """The same function on flattened images, as a dense DAE: its coarsest polyphase form, n·h·w states. For small images.
 
@@ -123,14 +130,7 @@ def densify(dae: DAE) -> DAE:
     """
     if not dae.grid:
         return dae
-    states = dae.states * dae.grid.pixels
-    if states > MOST_DENSE:
-        raise ShapeError(
-            f"the dense form of {dae.name!r}",
-            f"at most {MOST_DENSE} states",
-            f"{states} states",
-            "Images stay on their grid in lipconvert.convert(model), without dense=True.",
-        )
+    require_small(dae.states * dae.grid.pixels, f"the dense form of {dae.name!r}")
     flat = coarsen(dae, *dae.grid.image)
     W, U, G, V = (None if M is None else M.real[0] for M in (flat.W, flat.U, flat.G, flat.V))
     return flat.derive(W=W, U=U, G=G, V=V, grid=DENSE)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from .activations import MaxMin, activation_of, is_activation
-from .compose import MOST_DENSE, affine, coarsen, compose, densify, elementwise, eliminate, max_min
+from .compose import affine, coarsen, compose, densify, elementwise, eliminate, max_min
 from .dae import DAE
 from .equilibrium import DEFAULT, SolverOptions
-from .errors import InvalidParameterError, ShapeError
+from .errors import InvalidParameterError
 from .glue import affine_image
 from .lben import LBEN
 from .network import Network
@@ -66,8 +66,6 @@ def _flat_dae(step: Step) -> DAE:
         return elementwise(activation_of(step.module, step.path), math.prod(size), name)
     if type(step.module) is MaxMin:
         return max_min(math.prod(size), name)
-    if math.prod(size) > MOST_DENSE:
-        raise ShapeError(f"the dense form of {name!r}", f"at most {MOST_DENSE} inputs", f"{math.prod(size)} inputs")
     return affine(*affine_image(step.module, size, step.path), step.lipschitz, name)
 
 

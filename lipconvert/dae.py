@@ -85,14 +85,13 @@ class DAE:
             wide = torch.complex128 if tensor.is_complex() else torch.float64
             put(field, tensor.detach().to(wide, copy=copy))
             require_finite(tensor, self._at(field))
-            if tensor.is_complex() and (field.startswith("b_") or not self.W.is_complex()):
-                raise ShapeError(self._at(field), "real entries", tensor.dtype)
+            spectral = bool(self.grid) and field in ("W", "U", "G", "V")
+            if tensor.is_complex() != spectral:
+                kind = "complex entries (one matrix for each frequency)" if spectral else "real entries"
+                raise ShapeError(self._at(field), kind, tensor.dtype)
         W, batch = self.W, self.grid.batch
         if W.dim() < 2 or W.shape != (*batch, W.shape[-1], W.shape[-1]):
             raise ShapeError(self._at("W"), (*batch, "n", "n"), tuple(W.shape))
-        if W.is_complex() != bool(self.grid):
-            kind = "complex (one matrix for each frequency)" if self.grid else "real"
-            raise ShapeError(self._at("W"), kind, W.dtype)
         n = W.shape[-1]
         if self.U.dim() < 2 or self.U.shape[:-1] != (*batch, n):
             raise ShapeError(self._at("U"), (*batch, n, "p"), tuple(self.U.shape))

@@ -5,13 +5,14 @@ All act on a batch: the first dimension is the sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .activations import MaxMin, activation_of, is_activation
+from .compose import require_small
 from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
 
 
@@ -161,12 +162,25 @@ def _pooling_lipschitz(pool: nn.AvgPool2d) -> float | None:
     return (kh * kw) ** 0.5 / abs(float(pool.divisor_override or kh * kw))
 
 
+def dense_operator(function: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]) -> Tensor:
+    """The matrix (q, p) of a linear map of batches, on flattened samples: read off its values at the units, float64.
+
+    Raises `ShapeError` for more than `lipconvert.compose.MOST_DENSE` inputs.
+    """
+    size = torch.Size(input_shape).numel()
+    require_small(size, "the matrix of a linear map of images")
+    units = torch.eye(size, dtype=torch.float64)
+    with torch.no_grad():
+        return function(units.reshape(-1, *input_shape)).flatten(1).mT.contiguous()
+
+
 def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = "") -> tuple[Tensor, Tensor]:
     """(M, b) of an affine module on flattened inputs, M (q, p), b (q,), float64: read off its values at 0 and the units.
 
     Raises `UnsupportedModuleError` when its values at further points of sizes 1e-4 to 1e6 show that it is not affine.
     """
     size = torch.Size(input_shape).numel()
+    require_small(size, f"the matrix of {path or type(module).__name__!r}")
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6]).unsqueeze(-1)
     probes = scales * torch.randn(len(scales), size, generator=generator)

@@ -153,6 +153,8 @@ class LBEN(nn.Module):
                 (self.b_y, dae.bias_y),
             ):
                 parameter.copy_(value)
+            if dae.grid:
+                _require_real_kernels(dae, *self.matrices())
         return self
 
     @property
@@ -331,6 +333,24 @@ class LBEN(nn.Module):
             + (f"{self.grid.image[0]}x{self.grid.image[1]} pixels, " if self.grid else "")
             + f"L={self.lipschitz:g}, epsilon={self.epsilon:g}, {self.sigma!r}"
         )
+
+
+def _require_real_kernels(dae: DAE, W: Tensor, U: Tensor, G: Tensor) -> None:
+    """Whether real kernels have the spectra that a DAE states; V shows in W.
+
+    Where a frequency is its own conjugate, a real kernel's spectrum is real; the transform to kernels drops what is not.
+    """
+    for name, rebuilt, stated in (("W", W, dae.W), ("U", U, dae.U), ("G", G, dae.G)):
+        error = float(torch.linalg.matrix_norm(rebuilt - stated).amax())
+        # far above what rebuilding W leaves (1e-12), far below a spectrum of complex kernels
+        bound = 1e-9 * max(1.0, float(torch.linalg.matrix_norm(stated).amax()))
+        if error > bound:
+            raise InvalidParameterError(
+                f"{name} of {dae.name!r}",
+                f"off by {error:.3e} as real kernels",
+                f"the matrices of W, U, G and V must be spectra of real kernels (to {bound:.1e}), as Grid.convolution makes "
+                "them: usual causes are a matrix multiplied by a complex number, or a root of each frequency with any phase",
+            )
 
 
 def _blocks(sizes: Sequence[int], states: int) -> tuple[int, ...]:

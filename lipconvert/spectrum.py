@@ -243,6 +243,8 @@ def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]
 
 def add_product(M: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """βM + αAB written over M (..., rows, cols), which must be contiguous; returns it. One matrix less in memory."""
+    if 0 in A.shape:  # reshape cannot tell how many empty matrices there are
+        return M.mul_(beta)
     M.view(-1, *M.shape[-2:]).baddbmm_(
         A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), beta=beta, alpha=alpha
     )
@@ -347,7 +349,7 @@ def psd_sqrt(H: Tensor, where: str, scale: float = 0.0) -> Tensor:
     """The principal square root F = F′ of H ⪰ 0, so F′F = H; (..., n, n) → (..., n, n).
 
     Eigenvalues in [−roundoff(H, scale), 0) are round-off and count as 0: F′F is then PSD by construction and differs
-    from H by no more than that. The principal root keeps the symmetry of a real convolution's spectrum.
+    from H by no more than that. The principal root keeps the symmetry of a real convolution's spectrum, to √u in its kernel.
 
     Raises `NotPSDError` with λ_min when it is below −roundoff(H, scale). (FORMULAS 0, "Getting V".)
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, activation_of, is_activation
-from .compose import affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min
+from .compose import MOST_DENSE, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
@@ -156,21 +156,26 @@ class _Walker:
         if self.dense:
             self._image(module, path)
             return affine(*affine_image(module, shape, path), name=name)
-        trivial = module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid")
-        reason = (
-            f'its padding_mode is "{module.padding_mode}"; only circular padding turns into one small matrix for each '
-            "frequency. For small images convert(model, dense=True) takes any."
-            if module.padding_mode != "circular" and not trivial
-            else f"groups = {module.groups} and dilation = {module.dilation} are not supported; 1 is."
-            if module.groups != 1 or module.dilation != (1, 1)
-            else f"its strides {module.stride} differ."
-            if module.stride[0] != module.stride[1]
-            else f"padding {module.padding} does not keep the image: (kernel_size - 1)//2 on each side does."
-            if module.padding != "same" and module.padding != same_origin(module.weight)
-            else None
+        pointwise = module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid")
+        refusals = (
+            (
+                module.padding_mode != "circular" and not pointwise,
+                f'its padding_mode is "{module.padding_mode}": only circular padding turns into one small matrix for each '
+                "frequency.",
+            ),
+            (module.groups != 1, f"groups = {module.groups} is not supported, only 1."),
+            (module.dilation != (1, 1), f"dilation = {module.dilation} is not supported, only 1."),
+            (module.stride[0] != module.stride[1], f"its strides {module.stride} differ."),
+            (
+                module.padding != "same" and not _keeps(module),
+                f"its padding {module.padding} does not keep the image with kernel_size {module.kernel_size}: for odd sizes "
+                '(kernel_size - 1)//2 does, for all padding="same".',
+            ),
         )
-        if reason is not None:
-            raise UnsupportedModuleError(path, type(module).__name__, reason)
+        for refused, reason in refusals:
+            if refused:
+                remedy = "For small images convert(model, dense=True) takes it."
+                raise UnsupportedModuleError(path, type(module).__name__, f"{reason} {remedy}")
         stride = module.stride[0]
         if len(shape) != 3 or shape[1] % stride or shape[2] % stride:
             raise ShapeError(f"the input of {name!r}", f"(c, h, w), h and w multiples of {stride}", shape)
@@ -185,7 +190,8 @@ class _Walker:
         try:
             with torch.no_grad():
                 return probe, module(probe)
-        except LipconvertError:
+        except LipconvertError as error:
+            error.layer = error.layer or f"{label(path, module)!r}, {type(module).__name__}"
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             where = f"the input of {label(path, module)!r}"
@@ -201,21 +207,23 @@ class _Walker:
         if self.shape is None and not dae.grid:
             self.shape = dae.input_shape
         shape = self._known(path, module)
-        probe, image = self._image(module, path)
         unshuffle = _unshuffle(shape, dae)
         flat = self.dense and len(shape) > 1
         before = [nn.PixelUnshuffle(unshuffle)] * (unshuffle > 1) + [nn.Flatten()] * flat
         if flat:
             dae = densify(dae)
-        given = nn.Sequential(*before)(probe)
-        if tuple(given.shape[1:]) != dae.input_shape:
+        given = tuple(nn.Sequential(*before)(torch.empty(1, *shape)).shape[1:])
+        if given != dae.input_shape:
             hint = "Put an nn.Flatten() in front of it." if len(shape) > 1 and not dae.grid else ""
             raise ShapeError(f"the input of {label(path, module)!r}", dae.input_shape, shape, hint)
+        probe, image = self._image(module, path)
         after = [nn.Unflatten(1, tuple(image.shape[1:]))] * flat
         expected = tuple(image.flatten(1).shape[1:]) if flat else tuple(image.shape[1:])
         if expected != dae.output_shape:
             raise ShapeError(f"the output of {label(path, module)!r}", dae.output_shape, expected)
-        self._require_same(module, path, plugin, image.flatten(1), evaluate(dae, given).flatten(1))
+        self._require_same(
+            module, path, plugin, image.flatten(1), evaluate(dae, nn.Sequential(*before)(probe)).flatten(1)
+        )
         for glue in before:
             yield Step(path, glue, shape, None, CORE, 1.0)
             shape = tuple(glue(torch.empty(1, *shape)).shape[1:])
@@ -255,6 +263,13 @@ def label(path: str, module: nn.Module) -> str:
     return path or type(module).__name__
 
 
+def _keeps(module: nn.Conv2d) -> bool:
+    """Whether its padding, in pixels, keeps the image (of which a stride then takes every s-th pixel)."""
+    origin = same_origin(module.weight)
+    odd = all(k % 2 for k in module.kernel_size)
+    return module.padding == origin and (odd or module.stride[0] > 1)
+
+
 def _unshuffle(shape: tuple[int, ...], dae: DAE) -> int:
     """The s for which ``PixelUnshuffle(s)`` takes a shape to the DAE's own, 1 if there is none."""
     if not dae.grid or len(shape) != 3:
@@ -290,6 +305,8 @@ def glue_dae(step: Step) -> DAE | None:
     if len(step.input_shape) == 1:
         if type(step.module) in (nn.Unflatten, nn.Unfold):
             return None
+        if step.input_shape[0] > MOST_DENSE:
+            return None
         return affine(*affine_image(step.module, step.input_shape, step.path), step.lipschitz, name)
     if len(step.input_shape) == 3 and type(step.module) in _PIXELWISE:
         M, b = affine_image(step.module, (step.input_shape[0], 1, 1), step.path)
@@ -312,21 +329,33 @@ def group(steps: list[Step], merge: bool = False) -> list[list[Step]]:
             step = replace(step, dae=glue_dae(step))
         if previous is not None and previous[0].dae is not None:
             plugins = {s.plugin for s in (*previous, step)} - {CORE}
-            unshuffled = merge and type(step.module) is nn.PixelUnshuffle and len(step.input_shape) == 3
-            if unshuffled:  # the stage then takes coarse images from its start
-                groups.insert(-1, [replace(step, input_shape=previous[0].input_shape)])
-            if (step.dae is not None and (merge or len(plugins) <= 1)) or unshuffled:
+            if (step.dae is not None and (merge or len(plugins) <= 1)) or (merge and _unshuffles(step)):
                 previous.append(step)
                 continue
         groups.append([step])
     return [part for members in groups for part in _stages_of(members)]
 
 
+def _unshuffles(step: Step) -> bool:
+    return type(step.module) is nn.PixelUnshuffle and len(step.input_shape) == 3 and step.dae is None
+
+
 def _stages_of(members: list[Step]) -> list[list[Step]]:
-    """The group itself, or its members one by one as glue where nothing in it needs to be solved for."""
+    """A group as one stage; or its members one by one as glue, where nothing in it needs to be solved for.
+
+    A stage with ``PixelUnshuffle`` between its layers takes coarse images from its start: it stands in front as well.
+    """
     if all(_is_glue(step) for step in members):
         return [[replace(step, dae=None)] for step in members]
-    return [members]
+    last = max(k for k, step in enumerate(members) if not _unshuffles(step)) + 1
+    stage, behind = members[:last], members[last:]
+    front = []
+    shape = stage[0].input_shape
+    for step in filter(_unshuffles, stage):
+        front.append([replace(step, input_shape=shape)])
+        factor = int(step.module.downscale_factor)  # type: ignore[arg-type]
+        shape = (shape[0] * factor**2, shape[1] // factor, shape[2] // factor)
+    return [*front, stage, *([step] for step in behind)]
 
 
 def _is_glue(step: Step) -> bool:

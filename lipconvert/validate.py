@@ -36,7 +36,11 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None =
 
     ``most``: with more outputs than that, Q ∂f/∂x for ``most`` fixed random directions, orthonormal rows Q: (B, most, p).
     """
-    x = x.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        return _jacobian(function, x.detach().clone().requires_grad_(True), most)
+
+
+def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None) -> Tensor:
     y = function(x).flatten(1)
     if most is not None and y.shape[1] > most:
         generator = torch.Generator().manual_seed(0)

@@ -235,9 +235,9 @@ def expanded(activations: Activations) -> list[str]:
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
-@given(runs, runs, st.integers(-12, 12), st.integers(-12, 12), st.integers(0, 2**32 - 1))
+@given(runs, runs, st.integers(-12, 12), st.integers(-12, 12))
 def test_activations_behave_like_a_list_of_rows(
-    a: list[tuple[str, int]], b: list[tuple[str, int]], start: int, stop: int, seed: int
+    a: list[tuple[str, int]], b: list[tuple[str, int]], start: int, stop: int
 ) -> None:
     first, second = Activations.of(a), Activations.of(b)
     rows_a, rows_b = ([str(read(name)) for name, size in part for _ in range(size)] for part in (a, b))
@@ -249,8 +249,6 @@ def test_activations_behave_like_a_list_of_rows(
     assert expanded(both[start:stop]) == rows[start:stop]
     assert expanded(both[start:]) == rows[start:]
     assert expanded(both[:stop]) == rows[:stop]
-    keep = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < 0.5
-    assert expanded(both.select(keep)) == [name for name, kept in zip(rows, keep.tolist(), strict=True) if kept]
     # Runs are merged, so two ways to the same rows are equal and hash alike.
     again = Activations.of((name, 1) for name in rows)
     assert again == both
@@ -258,16 +256,18 @@ def test_activations_behave_like_a_list_of_rows(
     assert all(left[0] != right[0] for left, right in zip(both.runs, both.runs[1:], strict=False))
 
 
-def test_activations_act_row_by_row() -> None:
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (4, 8, 3), (2, 8, 3, 8), (0, 8, 2, 2)], ids=str)
+def test_activations_act_row_by_row(shape: tuple[int, ...]) -> None:
     sigma = Activations.of([("relu", 2), ("tanh", 1), ("identity", 2), ("leaky_relu(0.3)", 3)])
     names = ["relu"] * 2 + ["tanh"] + ["identity"] * 2 + ["leaky_relu(0.3)"] * 3
-    v = torch.randn(4, 3, 8)
-    columns = [MODULES[name](v[..., k]) for k, name in enumerate(names)]
-    assert torch.equal(sigma(v), torch.stack(columns, -1))
-    prox = torch.stack([read(name).prox(v[..., k], 0.7) for k, name in enumerate(names)], -1)
+    v = torch.randn(shape)
+    rows = min(1, len(shape) - 1)  # a single state is its rows
+    parts = [MODULES[name](v.select(rows, k)) for k, name in enumerate(names)]
+    assert torch.equal(sigma(v), torch.stack(parts, rows))
+    prox = torch.stack([read(name).prox(v.select(rows, k), 0.7) for k, name in enumerate(names)], rows)
     assert torch.equal(sigma.prox(v, 0.7), prox)
     w = v.clone().requires_grad_(True)
-    total = torch.stack([MODULES[name](w[..., k]) for k, name in enumerate(names)]).sum()
+    total = torch.stack([MODULES[name](w.select(rows, k)) for k, name in enumerate(names)]).sum()
     torch.testing.assert_close(sigma.slope(v), torch.autograd.grad(total, w)[0], rtol=1e-14, atol=1e-15)
     assert not sigma.homogeneous
     assert sigma[3:].homogeneous
@@ -277,6 +277,8 @@ def test_activations_act_row_by_row() -> None:
 
 
 def test_a_state_of_the_wrong_size_is_refused() -> None:
-    with pytest.raises(ShapeError) as caught:
-        Activations("relu", 3)(torch.zeros(2, 4))
-    assert caught.value.actual == (2, 4)
+    # The last one has 3 in its last dimension: that is the width of an image, not the rows.
+    for shape in ((4,), (2, 4), (3, 4), (2, 4, 3)):
+        with pytest.raises(ShapeError) as caught:
+            Activations("relu", 3)(torch.zeros(shape))
+        assert caught.value.actual == shape

@@ -25,8 +25,8 @@ from lipconvert.cli import app
 class Underestimated(SLLLinear):
     """T a fifth too small, as a power iteration stopped early would have it."""
 
-    def T(self):
-        return 0.8 * super().T()
+    def T(self, image=()):
+        return 0.8 * super().T(image)
 
 
 class MaxMin(nn.Module):
@@ -182,13 +182,20 @@ def test_two_plugins_that_claim_one_module():
     assert CliRunner().invoke(app, ["info", "bad_models:sll"]).exit_code == 0
 
 
-def test_wrong_input_shape():
+def test_wrong_input_shape_of_a_conversion():
     with pytest.raises(lc.ShapeError) as caught:
         lc.convert(sll(), (7,))
     assert (caught.value.expected, caught.value.actual) == ((6,), (7,))
     shown = refused("bad_models:sll", "--input-shape", "7")
     assert "(6,)" in shown
     assert "(7,)" in shown
+
+
+def test_wrong_input_shape():
+    with pytest.raises(lc.ShapeError, match="'sll0'") as caught:
+        lc.convert(sll(), (7,))
+    assert caught.value.actual == (7,)
+    assert "(7,)" in refused("bad_models:sll", "--input-shape", "7")
     net = lc.convert(sll())
     with pytest.raises(lc.ShapeError, match=r"\(B, 6\)"):
         net(torch.zeros(2, 5))

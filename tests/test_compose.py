@@ -1,4 +1,7 @@
-"""The algebra of DAEs: H of every result from its written-out identity, the function by plain evaluation."""
+"""The algebra of DAEs: H of every result from its written-out identity, the function by plain evaluation.
+
+On a grid everything is compared through circulant matrices that are built here index by index.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lipconvert_plugins.sll import SLLLinear
+from lipconvert_plugins.sll import SLLConv2d, SLLLinear
 from torch import Tensor, nn
+from torch.nn import functional
 
 import lipconvert as lc
 from lipconvert import (
     DAE,
     Activations,
+    Grid,
     InvalidParameterError,
     NotFiniteError,
     NotPSDError,
@@ -38,7 +43,8 @@ def H(dae: DAE) -> Tensor:
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-13) -> None:
     # Products of at most 40 terms of size O(1): a few dozen units round-off, relative to the largest entry.
     assert actual.shape == expected.shape
-    assert float((actual - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
+    if expected.numel():
+        assert float((actual - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
 
 
 def carried(dae: DAE) -> Tensor:
@@ -401,3 +407,421 @@ def test_random_chains(evaluate: Evaluate, kinds: list[str], seed: int) -> None:
     if identity_blocks(thin) == 1 and len(thin.blocks) > 1:
         rows = slice(0, thin.blocks[0])
         assert bool((thin.G[:, rows] @ thin.U[rows] != 0).any())
+
+
+# ---- on a grid ------------------------------------------------------------------------------------------------------
+
+IMAGES = [(1, 1), (1, 3), (2, 2), (3, 2), (2, 4)]
+
+
+def circulant(K: Tensor) -> Tensor:
+    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
+    q, p, h, w = K.shape
+    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
+    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
+    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
+
+
+def waves(image: tuple[int, ...]) -> Tensor:
+    """exp(2πi ω·s) for the frequencies ω of rfft2 and the pixels s: (F, h, w)."""
+    h, w = image
+    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
+    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
+    return torch.einsum("ka,mb->kmab", rows, columns).flatten(0, 1)
+
+
+def matrices(K: Tensor) -> Tensor:
+    """K̂(ω) = Σ_s K[s] exp(2πi ω·s), (F, q, p)."""
+    return torch.einsum("ijab,fab->fij", K.to(torch.complex128), waves(K.shape[2:]))
+
+
+def kernels(M: Tensor, image: tuple[int, ...]) -> Tensor:
+    """The real kernels with these matrices, each frequency counted with its conjugate; fails if there are none."""
+    h, w = image
+    twice = torch.tensor([1.0 if m == 0 or 2 * m == w else 2.0 for _ in range(h) for m in range(w // 2 + 1)])
+    K = torch.einsum("fij,fab,f->ijab", M, waves(image).conj(), twice.to(torch.complex128)).real / (h * w)
+    close(torch.view_as_real(matrices(K)), torch.view_as_real(M), 1e-12)
+    return K
+
+
+def expand(dae: DAE) -> DAE:
+    """The same DAE on flattened images."""
+    image, pixels = dae.grid.image, dae.grid.pixels
+    W, U, G, V = (None if M is None else circulant(kernels(M, image)) for M in (dae.W, dae.U, dae.G, dae.V))
+    assert W is not None
+    assert U is not None
+    assert G is not None
+    Lambda, b_z, b_y = (v.repeat_interleave(pixels) for v in (dae.Lambda, dae.bias_z, dae.bias_y))
+    sigma = Activations.of((a, size * pixels) for a, size in dae.sigma)
+    return DAE(W, U, G, Lambda, b_z, b_y, sigma, dae.lipschitz, V, tuple(size * pixels for size in dae.blocks))
+
+
+def correlate(x: Tensor, K: Tensor) -> Tensor:
+    """The convolution itself, tap by tap."""
+    taps = np.ndindex(*K.shape[2:])
+    return torch.stack(
+        [torch.einsum("ij,bjst->bist", K[:, :, a, b], torch.roll(x, (-a, -b), (2, 3))) for a, b in taps]
+    ).sum(0)
+
+
+def plane(b: Tensor) -> Tensor:
+    return b[:, None, None]
+
+
+def on_images(image: tuple[int, int], n: int = 5, p: int = 2, q: int = 3) -> tuple[DAE, dict[str, Tensor]]:
+    """A generic explicit DAE and its kernels."""
+    K = {
+        "W": torch.randn(n, n, *image) * plane(torch.ones(n, n).tril(-1).flatten()).reshape(n, n, 1, 1),
+        "U": torch.randn(n, p, *image),
+        "G": torch.randn(q, n, *image),
+        "V": torch.randn(4, n, *image),
+    }
+    dense = triangular(n, p, q)
+    spectra = {name: matrices(kernel) for name, kernel in K.items()}
+    return DAE(**{**vars(dense), **spectra, "grid": Grid(image)}), K
+
+
+def certified(dae: DAE, tolerance: float = 1e-12) -> DAE:
+    """The dense form, after a look at H: 2V'V densely and at every frequency, and PSD."""
+    dense = expand(dae)
+    size = max(1.0, float(H(dense).abs().max()), float((dense.Lambda[:, None] * dense.W).abs().max()))
+    assert dense.V is not None
+    close(2.0 * dense.V.T @ dense.V / size, H(dense) / size, tolerance)
+    assert dae.V is not None
+    assert dae.V.shape[-2] <= dae.states
+    L, D = dae.lipschitz, np.diag(dae.Lambda.numpy())
+    for W, U, G, V in zip(*(M.numpy() for M in (dae.W, dae.U, dae.G, dae.V)), strict=True):
+        DW, DU = D @ W, D @ U
+        at = 2 * D - DW - DW.conj().T - G.conj().T @ G / L - DU @ DU.conj().T / L
+        np.testing.assert_allclose(2 * V.conj().T @ V / size, at / size, rtol=0.0, atol=tolerance)
+    assert float(torch.linalg.eigvalsh(H(dense))[0]) >= -tolerance * size
+    return dense
+
+
+def same_on_images(evaluate: Evaluate, dae: DAE, x: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    assert dae.output_shape == tuple(expected.shape[1:])
+    close(evaluate(expand(dae), x.flatten(1)), expected.flatten(1), tolerance)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("slack", [None, 1.0, 1.8])
+def test_affine_on_a_grid(image: tuple[int, int], slack: float | None, evaluate: Evaluate) -> None:
+    K, b, x = torch.randn(3, 2, *image), torch.randn(3), torch.randn(4, 2, *image)
+    norm = float(np.linalg.norm(circulant(K).numpy(), 2))
+    given = None if slack is None else norm * slack * (1.0 + 1e-14)
+    dae = lc.affine(matrices(K), b, given, grid=Grid(image))
+    same_on_images(evaluate, dae, x, correlate(x, K) + plane(b))
+    dense, M, L = certified(dae), circulant(K), dae.lipschitz
+    close(H(dense), (torch.eye(len(M)) - M @ M.T / L**2) / L)
+    if slack is None:
+        assert norm * (1.0 - 1e-14) <= L <= norm * (1.0 + 1e-13)
+        with pytest.raises(NotPSDError):
+            lc.affine(matrices(K), b, 0.99 * norm, grid=Grid(image))
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_elementwise_and_max_min_on_a_grid(image: tuple[int, int], evaluate: Evaluate) -> None:
+    x = torch.randn(4, 6, *image)
+    tanh = lc.elementwise("tanh", 6, grid=Grid(image))
+    same_on_images(evaluate, tanh, x, torch.tanh(x), 1e-13)
+    pairs = lc.max_min(6, grid=Grid(image))
+    a, b = x[:, :3], x[:, 3:]
+    same_on_images(evaluate, pairs, x, torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1), 1e-13)
+    for dae in (tanh, pairs):
+        assert dae.lipschitz == 1.0
+        dense = expand(dae)
+        close(H(dense), torch.zeros_like(dense.W), 1e-14)
+        assert dae.V is not None
+        assert dae.V.shape == (*dae.grid.batch, 0, dae.states)
+
+
+def test_max_min_densely(evaluate: Evaluate) -> None:
+    dae, x = lc.max_min(6), torch.randn(9, 6)
+    a, b = x[:, :3], x[:, 3:]
+    expected = torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1)
+    close(evaluate(dae, x), expected, 1e-15)
+    close(H(dae), torch.zeros(9, 9), 1e-15)
+    assert torch.equal(lc.MaxMin()(x), expected)
+    # Between layers the rows of v go, and (10) is inherited.
+    M, N = contraction(6, 4), contraction(2, 6)
+    thin = lc.eliminate(lc.compose(lc.affine(M, None, 1.0), lc.max_min(6), lc.affine(N, None, 1.0)))
+    y = torch.randn(5, 4)
+    close(evaluate(thin, y), lc.MaxMin()(y @ M.T) @ N.T)
+    close(carried(thin), H(thin))
+    assert float(torch.linalg.eigvalsh(H(thin))[0]) >= -1e-14
+
+
+@pytest.mark.parametrize("grid", [Grid(), Grid((2, 2))], ids=["dense", "grid"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_max_min_needs_pairs(grid: Grid, size: int) -> None:
+    with pytest.raises(ShapeError):
+        lc.max_min(size, grid=grid)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_densify_entry_by_entry(image: tuple[int, int], evaluate: Evaluate) -> None:
+    dae, K = on_images(image)
+    dense, pixels = lc.densify(dae), image[0] * image[1]
+    for field, kernel in K.items():
+        M = getattr(dense, field)
+        assert M.dtype == torch.float64
+        close(M, circulant(kernel), 1e-14)
+    for field in ("Lambda", "b_z", "b_y"):
+        assert torch.equal(getattr(dense, field), getattr(dae, field).repeat_interleave(pixels))
+    assert dense.sigma == Activations.of((a, size * pixels) for a, size in dae.sigma)
+    assert dense.blocks == tuple(size * pixels for size in dae.blocks)
+    assert (dense.grid, dense.lipschitz, dense.name) == (Grid(), dae.lipschitz, dae.name)
+    assert lc.densify(dense) is dense
+    x = torch.randn(3, 2, *image)
+    z = torch.zeros(3, 5, *image)
+    for i, (activation, _) in enumerate(dae.sigma):  # one channel after the other
+        z[:, i] = activation((correlate(z, K["W"]) + correlate(x, K["U"]) + plane(dae.bias_z))[:, i])
+    same_on_images(evaluate, dae, x, correlate(z, K["G"]) + plane(dae.bias_y))
+
+
+def test_densify_refuses_too_many_states() -> None:
+    dae = lc.elementwise("relu", 5, grid=Grid((32, 32)))
+    with pytest.raises(ShapeError) as caught:
+        lc.densify(dae)
+    assert "5120" in str(caught.value)
+
+
+def unshuffled(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, c, h, w) → (B, c·rows·columns, h/rows, w/columns), phase by phase."""
+    phases = [x[..., a::rows, b::columns] for a in range(rows) for b in range(columns)]
+    return torch.stack(phases, 2).flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("image", "rows", "columns"),
+    [((2, 4), 1, 1), ((2, 4), 2, 2), ((6, 3), 3, 3), ((4, 6), 2, 3), ((3, 4), 1, 2), ((4, 3), 2, 1), ((2, 3), 2, 3)],
+)
+def test_coarsen(image: tuple[int, int], rows: int, columns: int) -> None:
+    """Unshuffling the images permutes the rows and columns of the dense matrices, and nothing else."""
+    dae, K = on_images(image)
+    coarse = lc.coarsen(dae, rows, columns)
+    assert coarse.grid == Grid((image[0] // rows, image[1] // columns))
+    assert coarse.blocks == tuple(size * rows * columns for size in dae.blocks)
+
+    def order(channels: int) -> Tensor:
+        index = torch.arange(channels * image[0] * image[1]).reshape(1, channels, *image)
+        if rows == columns:
+            assert torch.equal(unshuffled(index, rows, columns), functional.pixel_unshuffle(index, rows))
+        return unshuffled(index, rows, columns).flatten()
+
+    dense, (states, inputs, outputs, V_rows) = expand(coarse), (order(size) for size in (5, 2, 3, 4))
+    for field, left, right in (
+        ("W", states, states),
+        ("U", states, inputs),
+        ("G", outputs, states),
+        ("V", V_rows, states),
+    ):
+        close(getattr(dense, field), circulant(K[field])[left][:, right], 1e-14)
+    pixels = image[0] * image[1]
+    for field, index in (("Lambda", states), ("b_z", states), ("b_y", outputs)):
+        assert torch.equal(getattr(dense, field), getattr(dae, field).repeat_interleave(pixels)[index])
+    rows_of_sigma = [str(a) for a, size in dae.sigma for _ in range(size * pixels)]
+    assert [str(a) for a, size in dense.sigma for _ in range(size)] == [rows_of_sigma[i] for i in states]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 1), (1, 2), (8, 3), (2, 2)])
+def test_coarsen_needs_factors_that_divide(rows: int, columns: int) -> None:
+    dae = lc.elementwise("relu", 2, name="layer 3", grid=Grid((4, 3)))
+    with pytest.raises(ShapeError) as caught:
+        lc.coarsen(dae, rows, columns)
+    assert "'layer 3'" in str(caught.value)
+    with pytest.raises(ShapeError):
+        lc.coarsen(lc.elementwise("relu", 2), 1, 1)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_scale_absorb_and_gauge_on_a_grid(image: tuple[int, int], evaluate: Evaluate) -> None:
+    dae, _ = on_images(image)
+    x = torch.randn(4, 2, *image)
+    y = evaluate(expand(dae), x.flatten(1)).reshape(4, 3, *image)
+    assert (lc.scale(dae, 0.3, 2.0).lipschitz, lc.gauge(dae).lipschitz) == (0.6 * dae.lipschitz, dae.lipschitz)
+    same_on_images(evaluate, lc.scale(dae, 0.3, 2.0), x / 0.3, 2.0 * y)
+    same_on_images(evaluate, lc.gauge(dae), x, y)
+    close(H(expand(lc.scale(dae, 0.3, 2.0))), 2.0 / 0.3 * H(expand(dae)))  # L1
+    D = torch.logspace(-1, 1, 5)
+    inverse = D.reciprocal().repeat_interleave(image[0] * image[1])
+    same_on_images(evaluate, lc.gauge(dae, D), x, y)
+    close(H(expand(lc.gauge(dae, D))), inverse[:, None] * H(expand(dae)) * inverse)  # L4
+    P, C = torch.randn(2, 3, *image), torch.randn(1, 3, *image)
+    P, C = P / np.linalg.norm(circulant(P).numpy(), 2), 0.8 * C / np.linalg.norm(circulant(C).numpy(), 2)
+    P = P * (1.0 - 1e-15)
+    absorbed = lc.absorb(dae, matrices(P), matrices(C))
+    x = torch.randn(4, 3, *image)
+    inner = evaluate(expand(dae), correlate(x, P).flatten(1)).reshape(4, 3, *image)
+    same_on_images(evaluate, absorbed, x, correlate(inner, C))
+    before, p, c = expand(dae), circulant(P), circulant(C)
+    U, G, D, L = before.U, before.G, torch.diag(before.Lambda), dae.lipschitz
+    gain = G.T @ (torch.eye(len(G)) - c.T @ c) @ G / L + D @ U @ (torch.eye(len(p)) - p @ p.T) @ U.T @ D / L
+    close(H(expand(absorbed)), H(before) + gain)  # L2
+    for bad in ({"P": 1.01 * matrices(P)}, {"C": 1.3 * matrices(C)}):
+        with pytest.raises(NotPSDError):
+            lc.absorb(dae, **bad)
+
+
+def test_composing_what_lives_elsewhere_is_refused() -> None:
+    fine, turned = (lc.elementwise("relu", 2, name=str(image), grid=Grid(image)) for image in ((2, 3), (3, 2)))
+    flat, wide = lc.elementwise("relu", 12), lc.elementwise("relu", 3, grid=Grid((2, 3)))
+    for f, g in ((fine, turned), (fine, flat), (flat, fine), (fine, wide), (lc.densify(fine), fine)):
+        with pytest.raises(ShapeError):
+            lc.compose(f, g)
+    assert lc.compose(lc.densify(fine), lc.densify(turned)).states == 24
+
+
+def residual(channels: int, image: tuple[int, int]) -> tuple[DAE, Callable[[Tensor], Tensor]]:
+    """An SLL layer with kernels of any size, and the layer in plain torch."""
+    layer = SLLConv2d(channels, 2, kernel_size=(3, 2), activation=nn.Tanh())
+    nn.init.normal_(layer.bias)
+    nn.init.normal_(layer.log_q)
+    K, b, T = layer.weight.detach(), layer.bias.detach(), layer.T(image).detach()
+    full = torch.zeros(2, channels, *image)
+    for i, j in np.ndindex(3, 2):
+        full[:, :, (i - 1) % image[0], j % image[1]] += K[:, :, i, j]
+    transposed = torch.roll(full.flip(2, 3), (1, 1), (2, 3)).transpose(0, 1)
+
+    def plain(x: Tensor) -> Tensor:
+        return x - 2.0 * correlate(torch.tanh(correlate(x, full) + plane(b)) / plane(T), transposed)
+
+    return lc.to_dae(layer, input_shape=(channels, *image)), plain
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_closed_form_rows_follow_every_operation_on_a_grid(image: tuple[int, int]) -> None:
+    one, _ = residual(2, image)
+    dae = lc.eliminate(lc.compose(one, residual(2, image)[0]))
+    P, C = torch.randn(2, 3, *image), torch.randn(1, 2, *image)
+    P, C = (K * (1.0 - 1e-14) / np.linalg.norm(circulant(K).numpy(), 2) for K in (P, C))
+    scaled = lc.scale(dae, 0.7, 2.3)
+    absorbed = lc.absorb(scaled, matrices(P), 0.5 * matrices(C))
+    relu = lc.compose(lc.affine(matrices(P), None, 1.0, grid=Grid(image)), lc.elementwise("relu", 2, grid=Grid(image)))
+    for step in (dae, scaled, absorbed, lc.gauge(relu), lc.gauge(lc.scale(relu, 3.0, 0.2), torch.logspace(-1, 1, 4))):
+        certified(step)
+    if min(image) > 1:
+        certified(lc.coarsen(absorbed, 1, image[1]))
+    bare, _ = on_images(image)
+    assert lc.absorb(bare.derive(V=None), matrices(P)).V is None
+
+
+def test_rows_that_live_at_one_frequency_are_kept() -> None:
+    """Half of the mean is taken away: H is 0 at every other frequency, exactly."""
+    grid = Grid((3, 4))
+    M = torch.eye(2, dtype=torch.complex128).repeat(*grid.batch, 1, 1)
+    M[0] *= 0.5
+    dae = lc.compose(lc.affine(M, None, 1.0, grid=grid), lc.elementwise("relu", 2, grid=grid))
+    for step in (dae, lc.eliminate(dae), lc.absorb(lc.eliminate(dae), C=M)):
+        dense = certified(step)
+        assert float(H(dense).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("image", [(), *IMAGES])
+def test_closed_form_rows_where_a_block_reads_states_and_inputs(image: tuple[int, ...]) -> None:
+    """relu, identity, relu: the middle block reads the first one and x, and is read by the last one."""
+    kernel = {name: torch.randn(*s, *(image or (1, 1))) for name, s in (("W", (6, 6)), ("U", (6, 2)), ("G", (3, 6)))}
+    kernel["W"] = kernel["W"] * torch.ones(6, 6).tril(-1)[:, :, None, None]
+    kernel["W"][3, 2] = kernel["G"][:, 2:4] = 0.0
+    kernel = {name: 0.5 * K / np.linalg.norm(circulant(K).numpy(), 2) for name, K in kernel.items()}
+    sigma = Activations.of([("relu", 2), ("identity", 2), ("relu", 2)])
+    spectra = {name: matrices(K) if image else K[:, :, 0, 0] for name, K in kernel.items()}
+    dae = DAE(**spectra, Lambda=torch.rand(6) / 4 + 0.8, activations=sigma, grid=Grid(image))
+    dae = dae.derive(V=lc.psd_sqrt(lc.H_matrix(dae) / 2, "H"))
+    thin = lc.eliminate(dae)
+    assert thin.blocks == (2, 2)
+    if image:
+        certified(dae)
+        certified(thin)
+    else:
+        close(carried(thin), H(thin))
+    W, U = dae.W, dae.U
+    close(
+        torch.view_as_real(thin.U[..., 2:, :] + 0j),
+        torch.view_as_real(U[..., 4:, :] + W[..., 4:, 2:4] @ U[..., 2:4, :] + 0j),
+    )
+
+
+image_links = st.lists(
+    st.sampled_from(["affine", "contraction", "relu", "tanh", "identity", "sll", "maxmin", "scale", "absorb"]),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(image_links, st.sampled_from(IMAGES), st.integers(0, 10**6))
+def test_random_chains_on_a_grid(evaluate: Evaluate, kinds: list[str], image: tuple[int, int], seed: int) -> None:
+    """Function, L, closed-form rows and (10) of any mixture, thinned after each layer or only at the end, then coarsened."""
+    torch.manual_seed(seed)
+    grid, width = Grid(image), 2
+    x = y = torch.randn(3, width, *image)
+    parts: list[DAE] = []
+    L = 1.0
+    for kind in kinds:
+        if kind in ("affine", "contraction"):
+            K, b = torch.randn(int(torch.randint(1, 4, ())), width, *image), torch.randn(1)
+            if kind == "contraction":
+                K = K * (1.0 - 1e-14) / np.linalg.norm(circulant(K).numpy(), 2)
+            b = b.expand(len(K))
+            part = lc.affine(matrices(K), b, None if kind == "affine" else 1.0, grid=grid)
+            y, width = correlate(y, K) + plane(b), len(K)
+        elif kind == "sll":
+            part, plain = residual(width, image)
+            y = plain(y)
+        elif kind == "maxmin" and width % 2 == 0:
+            part = lc.max_min(width, grid=grid)
+            a, b = y[:, : width // 2], y[:, width // 2 :]
+            y = torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1)
+        elif kind == "scale":
+            part, y = lc.scale(lc.elementwise("identity", width, grid=grid), 0.5, 3.0), 1.5 * y
+        elif kind == "absorb":
+            C = torch.randn(2, width, *image)
+            C = 0.8 * C / np.linalg.norm(circulant(C).numpy(), 2)
+            part = lc.absorb(lc.elementwise("relu", width, grid=grid), C=matrices(C))
+            y, width = correlate(y.relu(), C), 2
+        else:
+            kind = "relu" if kind == "maxmin" else kind
+            part = lc.elementwise(kind, width, grid=grid)
+            y = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda v: v}[kind](y)
+        L *= part.lipschitz
+        parts.append(part)
+    step_by_step = parts[0]
+    for part in parts[1:]:
+        step_by_step = lc.eliminate(lc.compose(step_by_step, part))
+    full = lc.compose(*parts)
+    thin = lc.eliminate(full)
+    for dae in (full, thin, lc.eliminate(step_by_step)):
+        assert dae.lipschitz == pytest.approx(L, rel=1e-14)
+        same_on_images(evaluate, dae, x, y, 1e-11)
+        # The gauge Λ = I, where the terms of H are of size 1.
+        certified(lc.gauge(dae) if dae.sigma.homogeneous else dae)
+    coarse = lc.coarsen(thin, *image)
+    certified(coarse if not coarse.sigma.homogeneous else lc.gauge(coarse))
+    dense = lc.densify(thin)
+    close(evaluate(dense, x.flatten(1)), y.flatten(1), 1e-11)
+
+
+def test_elimination_on_a_grid_is_substitution_by_hand() -> None:
+    image, rest = (2, 3), slice(2 * 6, 5 * 6)
+    rows = slice(0, 12)
+    K = {"W": 0.3 * torch.randn(5, 5, *image), "U": torch.randn(5, 2, *image), "G": torch.randn(2, 5, *image)}
+    K["W"][:2, :2] = K["U"][:2] = 0.0
+    sigma = Activations.of([("identity", 2), ("relu", 3)])
+    Lambda, b_z, b_y = torch.rand(5) + 0.3, torch.randn(5), torch.randn(2)
+    spectra = {name: matrices(kernel) for name, kernel in K.items()}
+    dae = DAE(**spectra, Lambda=Lambda, b_z=b_z, b_y=b_y, activations=sigma, grid=Grid(image))
+    thin = expand(lc.eliminate(dae))
+    W, U, G = (circulant(K[name]) for name in ("W", "U", "G"))
+    b = b_z.repeat_interleave(6)
+    close(thin.W, W[rest, rest] + W[rest, rows] @ W[rows, rest])
+    close(thin.U, U[rest])
+    close(thin.G, G[:, rest] + G[:, rows] @ W[rows, rest])
+    close(thin.bias_z, b[rest] + W[rest, rows] @ b[rows])
+    close(thin.bias_y, b_y.repeat_interleave(6) + G[:, rows] @ b[rows])
+    # Rows that read x go too, unless they carry it to y.
+    K["U"][:2] = torch.randn(2, 2, *image)
+    assert lc.eliminate(dae.derive(U=matrices(K["U"]))).blocks == (2, 3)
+    K["G"][:, :2] = 0.0
+    driven = expand(lc.eliminate(dae.derive(U=matrices(K["U"]), G=matrices(K["G"]))))
+    close(driven.U, U[rest] + W[rest, rows] @ circulant(K["U"])[rows])

@@ -13,10 +13,10 @@ import torch
 from lipconvert_plugins.cpl import CPLLinear
 from lipconvert_plugins.sandwich import SandwichLinear
 from lipconvert_plugins.sll import SLLLinear
-from torch import nn
+from torch import Tensor, nn
 
 import lipconvert as lc
-from lipconvert import DAE, Activations, InvalidParameterError, ShapeError
+from lipconvert import DAE, Activations, Grid, InvalidParameterError, ShapeError
 
 KINDS = ["sll", "cpl", "aol", "sandwich", "mondeq", "g_mondeq"]
 DELTAS = [1e-1, 1e-3, 1e-6]
@@ -89,7 +89,8 @@ def test_frequencies_go_through_the_same_lines() -> None:
         return torch.cat(rows)
 
     flat = DAE(*(dense(kernels[k]) for k in ("W", "U", "G")), per_channel.repeat(size))
-    frequencies = DAE(*(torch.fft.fft(kernels[k], dim=0) for k in ("W", "U", "G")), per_channel)
+    spectra = [torch.fft.fft(kernels[k], dim=0) for k in ("W", "U", "G")]
+    frequencies = DAE(*spectra, per_channel, grid=Grid((size, 1)))  # one column: its half spectrum is the whole one
     spectrum = np.sort(np.linalg.eigvalsh(H(flat)))
     batch = torch.linalg.eigvalsh(lc.H_matrix(frequencies)).flatten().sort().values
     np.testing.assert_allclose(batch.numpy(), spectrum, rtol=1e-12, atol=1e-12)
@@ -300,3 +301,105 @@ def test_blocks_decide_the_weights() -> None:
     ratio = (lc.strict_multiplier(dae, delta) / dae.Lambda).numpy()
     # N = 2: 1.21^{1 − 2/3}, 1.21^{1 − 4/3}.
     np.testing.assert_allclose(ratio, [1.21] + [1.21 ** (1 / 3)] * 2 + [1.21 ** (-1 / 3)] * 3, rtol=1e-14)
+
+
+# ---- on a grid ------------------------------------------------------------------------------------------------------
+
+IMAGES = [(1, 1), (1, 3), (2, 2), (3, 4), (4, 3)]
+
+
+def circulant(K: Tensor) -> Tensor:
+    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
+    q, p, h, w = K.shape
+    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
+    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
+    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
+
+
+def matrices(K: Tensor) -> Tensor:
+    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
+    h, w = K.shape[2:]
+    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
+    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
+    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
+
+
+def pair(
+    image: tuple[int, int], seed: int = 0, n: int = 4, triangular: bool = False, **changes: Any
+) -> tuple[DAE, DAE]:
+    """A generic DAE on a grid and the same on flattened images."""
+    g, pixels = torch.Generator().manual_seed(seed), image[0] * image[1]
+    K = [torch.randn(*s, *image, generator=g) / pixels**0.5 for s in ((n, n), (n, 3), (2, n))]
+    if triangular:
+        K[0] = K[0] * torch.ones(n, n).tril(-1)[:, :, None, None]
+    Lambda = torch.rand(n, generator=g) + 0.2
+    on_grid = DAE(*map(matrices, K), Lambda, lipschitz=1.3, grid=Grid(image), **changes)
+    flat = DAE(*map(circulant, K), Lambda.repeat_interleave(pixels), lipschitz=1.3)
+    return on_grid, flat
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("seed", range(3))
+def test_check_on_a_grid_is_that_of_the_dense_form(image: tuple[int, int], seed: int) -> None:
+    on_grid, flat = pair(image, seed, triangular=seed == 2)
+    other, L = torch.rand(4) + 0.5, 2.1
+    for Lambda, constant in ((on_grid.Lambda, 1.3), (other, L)):
+        report = lc.check(on_grid, Lambda, constant)
+        wide = Lambda.repeat_interleave(image[0] * image[1]).numpy()
+        close = {"rel": 1e-12, "abs": 1e-12}
+        assert report.margin_3 == pytest.approx(least(X(flat, wide), wide), **close)
+        assert report.margin_10 == pytest.approx(least(H(flat, wide, constant), wide), **close)
+        assert report.least_eigenvalue == pytest.approx(float(np.linalg.eigvalsh(H(flat, wide, constant))[0]), **close)
+        assert report.lipschitz == constant
+        assert 0.0 < report.tolerance < 1e-11
+    assert lc.check(on_grid).contracting == (seed == 2)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_H_on_a_grid_is_the_dense_one_block_diagonalised(image: tuple[int, int]) -> None:
+    """The dense spectrum is that of the frequencies, each counted with its conjugate."""
+    on_grid, flat = pair(image)
+    h, w = image
+    twice = torch.tensor([1 if m == 0 or 2 * m == w else 2 for _ in range(h) for m in range(w // 2 + 1)])
+    for matrix, dense in ((lc.H_matrix(on_grid), H(flat)), (lc.X_matrix(on_grid), X(flat))):
+        spectrum = torch.linalg.eigvalsh(matrix).repeat_interleave(twice, 0).flatten().sort().values
+        np.testing.assert_allclose(spectrum.numpy(), np.linalg.eigvalsh(dense), rtol=1e-12, atol=1e-12)
+
+
+def test_check_on_a_grid_takes_one_entry_a_channel() -> None:
+    on_grid, _ = pair((2, 2))
+    for Lambda in (torch.ones(16), torch.ones(4, 2, 2), torch.ones(1)):
+        with pytest.raises(ShapeError):
+            lc.check(on_grid, Lambda)
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize("image", [(1, 3), (3, 4)])
+def test_strict_multiplier_of_a_chain_on_a_grid(image: tuple[int, int], delta: float) -> None:
+    """Conv, ReLU, conv, ReLU, conv, each of norm 1: strict just above L, in the dense form too."""
+    g, grid = torch.Generator().manual_seed(1), Grid(image)
+    parts = []
+    for _ in range(3):
+        K = torch.randn(3, 3, *image, generator=g)
+        K = K * (1.0 - 1e-14) / np.linalg.norm(circulant(K).numpy(), 2)
+        parts += [lc.affine(matrices(K), None, 1.0, grid=grid), lc.elementwise("relu", 3, grid=grid)]
+    dae = lc.eliminate(lc.compose(*parts[:-1]))
+    assert dae.blocks == (3, 3)
+    Lambda = lc.strict_multiplier(dae, delta)
+    ratio = (Lambda / dae.Lambda).numpy()
+    np.testing.assert_allclose(ratio, np.repeat([(1 + delta) ** (1 / 3), (1 + delta) ** (-1 / 3)], 3), rtol=1e-14)
+    flat = lc.densify(dae)  # entry by entry in test_compose.py
+    wide = Lambda.repeat_interleave(grid.pixels)
+    margin = least(H(flat, wide.numpy(), 1 + delta), wide.numpy())
+    assert margin > delta / 60.0
+    assert lc.check(dae, Lambda, 1 + delta).margin_10 == pytest.approx(margin, abs=1e-12, rel=1e-9)
+
+
+def test_blocks_that_read_each_other_at_one_frequency_share_a_weight() -> None:
+    on_grid, _ = pair((3, 4), triangular=True, blocks=(1, 1, 2))
+    assert len(set((lc.strict_multiplier(on_grid, 0.1) / on_grid.Lambda).tolist())) > 1
+    W = on_grid.W.clone()
+    W[5, 0, 3] = 1e-3
+    W[2, 1, 2] = 1e-3j
+    merged = lc.strict_multiplier(replace(on_grid, W=W), 0.1)
+    np.testing.assert_allclose((merged / on_grid.Lambda).numpy(), 1.0, rtol=1e-14)

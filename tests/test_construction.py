@@ -5,9 +5,11 @@ The source is written out here layer by layer from the parameters; an equilibriu
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lipconvert as lc
-from lipconvert import DAE, LBEN, Activations, InvalidParameterError, NotPSDError
+from lipconvert import DAE, LBEN, Activations, Grid, InvalidParameterError, LipconvertError, NotPSDError
 from lipconvert.construction import assemble, construct
 
 INSTANCES = 200
@@ -41,6 +43,14 @@ ACTIVATIONS: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
     (nn.LeakyReLU(0.2), lambda v: torch.where(v > 0, v, 0.2 * v)),
     (nn.Softplus(2.0), lambda v: torch.logaddexp(2.0 * v, torch.zeros_like(v)) / 2.0),
 ]
+
+
+def stated(plugin: ModuleType, layer: nn.Module) -> DAE:
+    """What the hook of a plugin says of a dense layer; an implementation names only the arguments it needs."""
+    given = {"model": layer, "input_shape": None, "dense": False}
+    dae = plugin.to_dae(**{name: given[name] for name in inspect.signature(plugin.to_dae).parameters})
+    assert isinstance(dae, DAE)
+    return dae
 
 
 def residual_networks(kind: str) -> Iterator[list[Case]]:
@@ -68,7 +78,7 @@ def residual_networks(kind: str) -> Iterator[list[Case]]:
             else:
                 T = torch.linalg.svdvals(weight)[0] ** 2 * torch.ones(h)
             state = state - 2.0 * (sigma(state @ weight.T + bias) / T) @ weight
-            one = (sll if kind == "sll" else cpl).to_dae(layer)
+            one = stated(sll if kind == "sll" else cpl, layer)
             chain = one if chain is None else lc.eliminate(lc.compose(chain, one))
             if bare:
                 cases.append((chain, x, state, 1.0))
@@ -92,7 +102,7 @@ def aol_networks() -> Iterator[list[Case]]:
                 nn.init.normal_(parameter)
             weight, bias = layer.weight.detach(), layer.bias.detach()
             linear = state @ (weight / (weight.T @ weight).abs().sum(0).sqrt()).T + bias
-            one = aol.to_dae(layer)
+            one = stated(aol, layer)
             chain = one if chain is None else lc.eliminate(lc.compose(chain, one))
             if chain.sigma.runs[0][0].name != "identity":
                 cases.append((chain, x, linear, 1.0))
@@ -119,10 +129,10 @@ def sandwich_networks() -> Iterator[list[Case]]:
             phi = layer.psi.detach().exp()
             v = 2.0**0.5 * scale * (state @ B.T) / phi + layer.bias.detach()
             width, state = h, 2.0**0.5 * (sigma(v) * phi) @ A
-            one = sandwich.to_dae(layer)
+            one = stated(sandwich, layer)
             chain = one if chain is None else lc.eliminate(lc.compose(chain, one))
             y = L**0.5 * state @ last.AB()[1].detach().T + last.bias.detach()
-            cases.append((lc.eliminate(lc.compose(chain, sandwich.to_dae(last))), x, y, L))
+            cases.append((lc.eliminate(lc.compose(chain, stated(sandwich, last))), x, y, L))
         yield cases
 
 
@@ -184,7 +194,7 @@ def equilibrium_networks(kind: str) -> Iterator[list[Case]]:
             L = float(np.linalg.norm(U / phi[:, None], 2) * np.linalg.norm(G, 2) / m)
             x = torch.randn(3, p)
             z = newton(W, x.numpy() @ U.T + model.U.bias.detach().numpy(), name)
-            cases.append((plugin.to_dae(model), x, torch.from_numpy(z @ G.T + c), L))
+            cases.append((stated(plugin, model), x, torch.from_numpy(z @ G.T + c), L))
         yield cases
 
 
@@ -459,3 +469,214 @@ def test_zero_pattern_survives() -> None:
             s = functional.relu(y @ layer.weight.T + layer.bias)
             y = y - 2.0 * (s / layer.T()) @ layer.weight
         assert float((lben(x) - y).abs().max()) <= 1e-13
+
+
+@pytest.mark.parametrize("grid", [Grid(), Grid((2, 3))], ids=["dense", "grid"])
+@pytest.mark.parametrize("kind", ["relu", "maxmin"])
+def test_an_activation_by_itself(kind: str, grid: Grid) -> None:
+    """H = 0: V has no rows."""
+    dae = lc.elementwise("relu", 4, grid=grid) if kind == "relu" else lc.max_min(4, grid=grid)
+    x = torch.randn(3, 4, *grid.image)
+    with torch.no_grad():
+        y = LBEN.from_dae(dae)(x)
+    expected = x.relu() if kind == "relu" else torch.cat([x[:, :2].maximum(x[:, 2:]), x[:, :2].minimum(x[:, 2:])], 1)
+    np.testing.assert_allclose(y.numpy(), expected.numpy(), atol=1e-14)
+
+
+# ---- on a grid ------------------------------------------------------------------------------------------------------
+
+IMAGES = [(1, 1), (1, 3), (2, 2), (3, 2), (2, 4)]
+
+
+def circulant(K: Tensor) -> Tensor:
+    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
+    q, p, h, w = K.shape
+    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
+    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
+    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
+
+
+def matrices(K: Tensor) -> Tensor:
+    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
+    h, w = K.shape[2:]
+    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
+    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
+    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
+
+
+def first_rows(M: Tensor, rows: int, columns: int, image: tuple[int, ...]) -> Tensor:
+    """The kernels of a circulant matrix: what the first pixel of each channel reads."""
+    pixels = image[0] * image[1]
+    return M.reshape(rows, pixels, columns, pixels)[:, 0].reshape(rows, columns, *image)
+
+
+def dense_W(lben: LBEN) -> Tensor:
+    """Equation (2) with the circulant matrices of the module's kernels."""
+    pixels, L = lben.grid.pixels, lben.lipschitz
+    G, U, V, S = (circulant(t.detach()) for t in (lben.G, lben.U, lben.V, lben.S))
+    Psi = torch.diag(lben.Psi.detach().repeat_interleave(pixels))
+    inverse, eye = torch.diag(1.0 / Psi.diagonal()), torch.eye(len(Psi))
+    inner = G.T @ G / (2 * L) + inverse @ U @ U.T @ inverse / (2 * L) + V.T @ V + S - S.T + lben.epsilon * eye
+    return eye - Psi @ inner
+
+
+def dense_H(dae: DAE) -> Tensor:
+    """H(Λ, L) of the dense form (`densify` is held to entry by entry in test_compose.py)."""
+    W, U, G, Lambda = lc.densify(dae)
+    D, L = torch.diag(Lambda), dae.lipschitz
+    return 2 * D - D @ W - W.T @ D - G.T @ G / L - D @ U @ U.T @ D / L
+
+
+def random_image_lben(
+    image: tuple[int, int], rank: int = 4, L: float = 1.4, epsilon: float = 0.2
+) -> tuple[DAE, Tensor]:
+    """W of four channels from (0.4) written out on flattened images, and H(Ψ⁻¹, L) = 2V'V + 2εI."""
+    n, pixels = 4, image[0] * image[1]
+    K = [torch.randn(*s, *image) / pixels**0.5 for s in ((n, 3), (2, n), (rank, n), (n, n))]
+    U, G, V, S = map(circulant, K)
+    psi = torch.rand(n) + 0.4
+    Psi = torch.diag(psi.repeat_interleave(pixels))
+    inverse, eye = torch.diag(1.0 / Psi.diagonal()), torch.eye(n * pixels)
+    inner = G.T @ G / (2 * L) + inverse @ U @ U.T @ inverse / (2 * L) + V.T @ V + S - S.T + epsilon * eye
+    W = matrices(first_rows(eye - Psi @ inner, n, n, image))
+    dae = DAE(
+        W, matrices(K[0]), matrices(K[1]), 1.0 / psi, torch.randn(n), torch.randn(2), lipschitz=L, grid=Grid(image)
+    )
+    return dae, 2.0 * V.T @ V + 2.0 * epsilon * eye
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.2])
+def test_parameters_without_closed_form_on_images(image: tuple[int, int], rank: int, epsilon: float) -> None:
+    dae, H = random_image_lben(image, rank)
+    P = construct(dae, epsilon)
+    assert not P.closed_form
+    scale = max(1.0, float(H.abs().max()))
+    # V is a real convolution with V'V = H/2 − εI on flattened images; where that is 0, V is √(round-off) of any phase.
+    V = dae.grid.kernels(P.V)
+    singular = rank == 1 and epsilon == 0.2
+    np.testing.assert_allclose(matrices(V).numpy(), P.V.numpy(), atol=1e-7 if singular else 1e-12 * scale)
+    half = H / 2 - epsilon * torch.eye(len(H))
+    assert float((circulant(V).T @ circulant(V) - half).abs().max()) <= 1e-12 * scale
+    root = dae.Lambda.rsqrt().repeat_interleave(dae.grid.pixels)
+    margin = np.linalg.eigvalsh((root[:, None] * H * root).numpy())[0]
+    np.testing.assert_allclose(P.margin, margin, atol=1e-12 * scale)
+    np.testing.assert_allclose(P.S.numpy(), (-0.5 * dae.Lambda[:, None] * dae.W).numpy(), rtol=1e-14)
+    assert float(torch.linalg.matrix_norm(assemble_of(dae, epsilon) - dae.W).max()) <= 1e-12
+    lben = LBEN.from_dae(dae, epsilon)
+    W = lc.densify(dae).W
+    assert float(torch.linalg.matrix_norm(dense_W(lben) - W)) <= 1e-12 * scale
+    with pytest.raises(NotPSDError):
+        construct(dae, float(np.linalg.eigvalsh(H.numpy())[0]) / 2.0 + 0.01)
+
+
+def conv_chain(image: tuple[int, int], seed: int) -> tuple[nn.Module, DAE]:
+    """Three residual convolutions with kernels of several sizes, deeper than wide."""
+    torch.manual_seed(seed)
+    kind = sll.SLLConv2d if seed % 2 else cpl.CPLConv2d
+    sigma = [nn.ReLU(), nn.Tanh(), nn.LeakyReLU(0.2)]
+    layers = [kind(2, h, kernel_size=k, activation=sigma[seed % 3]) for h, k in ((3, 3), (1, (2, 3)), (2, 1))]
+    for layer in layers:
+        nn.init.normal_(layer.bias)
+    model = nn.Sequential(*layers)
+    return model, lc.to_dae(model, input_shape=(2, *image))
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_chain_of_convolutions(image: tuple[int, int], seed: int) -> None:
+    """W rebuilt, outputs, zero pattern, H ⪰ 0 and float32, on the grid and through equation (2) on flattened images."""
+    model, dae = conv_chain(image, seed)
+    assert dae.grid == Grid(image)
+    assert construct(dae).closed_form
+    lben, x = LBEN.from_dae(dae), 2.0 * torch.randn(4, 2, *image)
+    with torch.no_grad():
+        y, expected = lben(x), model(x)
+        assert float((y - expected).abs().max()) <= 1e-10 * float(expected.abs().max())
+        assert lben.solve(x).method == "forward_substitution"
+    assert lben.lipschitz == dae.lipschitz == 1.0
+    root = dae.Lambda.sqrt()
+    gauged = root[:, None] * (lben.W.detach() - dae.W) / root
+    assert float(torch.linalg.matrix_norm(gauged).max()) <= 1e-12
+    wide = root.repeat_interleave(dae.grid.pixels)
+    assert float(torch.linalg.matrix_norm(wide[:, None] * (dense_W(lben) - lc.densify(dae).W) / wide)) <= 1e-12
+    P = construct(dae)
+    assert bool((P.S[dae.W == 0] == 0).all())
+    H = dense_H(lben.dae()) / wide[:, None] / wide
+    assert float(torch.linalg.eigvalsh(H)[0]) >= -1e-12
+    with torch.no_grad():
+        single = lben.float()(x.float())
+        assert float((single - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("image", [(1, 3), (3, 2)])
+@pytest.mark.parametrize(("epsilon", "delta"), [(1e-3, 1e-1), (0.0, 1e-1), (1e-5, 1e-3)])
+def test_delta_allows_epsilon_on_images(image: tuple[int, int], epsilon: float, delta: float) -> None:
+    model, dae = conv_chain(image, 1)
+    epsilon *= min(1.0, float(dae.Lambda.min()))
+    if epsilon:
+        with pytest.raises(NotPSDError):
+            construct(dae, epsilon)
+    lben, x = LBEN.from_dae(dae, epsilon, delta), torch.randn(4, 2, *image)
+    assert lben.lipschitz == pytest.approx(1.0 + delta, rel=1e-15)
+    with torch.no_grad():
+        expected = model(x)
+        assert float((lben(x) - expected).abs().max()) <= 1e-10 * float(expected.abs().max())
+        for parameter in lben.parameters():  # 2ε is a floor that no step of an optimiser moves
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert float(torch.linalg.eigvalsh(dense_H(lben.dae()))[0]) >= 2.0 * epsilon - 1e-11
+
+
+@pytest.mark.parametrize("image", [(1, 3), (3, 2)])
+def test_closed_form_rows_that_are_wrong_at_one_frequency_are_refused(image: tuple[int, int]) -> None:
+    _, dae = conv_chain(image, 1)
+    assert dae.V is not None
+    for frequency in range(len(dae.V)):
+        wrong = dae.V.clone()
+        wrong[frequency, 0, int(wrong[frequency, 0].abs().argmax())] += 1e-6
+        with pytest.raises(InvalidParameterError):
+            construct(replace(dae, V=wrong))
+    # More rows with the same V'V, and none at all.
+    turn, _ = torch.linalg.qr(torch.randn(dae.V.shape[-2] + 3, dae.V.shape[-2]))
+    assert construct(replace(dae, V=turn.to(torch.complex128) @ dae.V)).closed_form
+    plain = replace(dae, V=None)
+    assert not construct(plain).closed_form
+    assert float(torch.linalg.matrix_norm(assemble_of(plain) - dae.W).max()) <= 1e-12
+
+
+@pytest.mark.parametrize("field", ["U", "G", "V"])
+def test_a_spectrum_that_no_real_kernel_has_is_not_replaced_by_another(field: str) -> None:
+    """At frequency 0 a real convolution is real. A phase there leaves H as it is, but no kernel has it. (FORMULAS 4)"""
+    _, dae = conv_chain((3, 2), 1)
+    turned = getattr(dae, field).clone()
+    turned[0] *= 1j
+    try:
+        lben = LBEN.from_dae(replace(dae, **{field: turned}))
+    except LipconvertError:
+        return
+    found = dict(zip(("W", "U", "G"), lben.matrices(), strict=True))["W" if field == "V" else field]
+    expected = dae.W if field == "V" else turned
+    np.testing.assert_allclose(found.detach().numpy(), expected.numpy(), atol=1e-12 * float(expected.abs().max()))
+
+
+def test_H_that_is_not_psd_at_one_frequency_is_refused() -> None:
+    K = torch.zeros(1, 1, 1, 4)
+    K[0, 0, 0, 0], K[0, 0, 0, 1] = 1.0, 0.5  # |K̂| = 1.5 at frequency 0, 0.5 at the highest
+    eye = torch.eye(1, dtype=torch.complex128).expand(3, 1, 1)
+    dae = DAE(0.0 * eye, eye, matrices(K), torch.ones(1), grid=Grid((1, 4)), name="tail")
+    with pytest.raises(NotPSDError) as caught:
+        construct(dae)
+    assert caught.value.least_eigenvalue == pytest.approx(2.0 - 2.25 - 1.0, rel=1e-14)
+    construct(dae.derive(G=dae.G / 1.5))
+
+
+def test_assemble_is_equation_2_at_every_frequency() -> None:
+    Psi = torch.rand(4) + 0.5
+    G, U, V, S = (torch.randn(6, *s, dtype=torch.complex128) for s in ((2, 4), (4, 3), (5, 4), (4, 4)))
+    W = assemble(Psi, G, U, V, S, 0.3, 0.8)
+    P, inverse, eye = np.diag(Psi.numpy()), np.diag(1.0 / Psi.numpy()), np.eye(4)
+    for found, g, u, v, s in zip(*(t.numpy() for t in (W, G, U, V, S)), strict=True):
+        u = inverse @ u
+        inner = (g.conj().T @ g + u @ u.conj().T) / 1.6 + v.conj().T @ v + s - s.conj().T + 0.3 * eye
+        np.testing.assert_allclose(found, eye - P @ inner, atol=1e-13, rtol=1e-13)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lipconvert import DAE, Activations, InvalidParameterError, LipconvertError, NotFiniteError, ShapeError
+from lipconvert import DAE, Activations, Grid, InvalidParameterError, LipconvertError, NotFiniteError, ShapeError
 
 N, P, Q = 4, 3, 2
 
@@ -94,7 +94,7 @@ def test_frequencies_become_complex128() -> None:
         "G": torch.randn(6, Q, N, dtype=torch.complex64),
         "V": torch.randn(6, 5, N, dtype=torch.complex64),
     }
-    dae = DAE(**parts(**complex_))
+    dae = DAE(**parts(**complex_, grid=Grid((2, 4))))
     assert {t.dtype for t in (dae.W, dae.U, dae.G, dae.V) if t is not None} == {torch.complex128}
     assert (dae.states, dae.inputs, dae.outputs) == (N, P, Q)
     assert dae.Lambda.dtype == dae.bias_z.dtype == torch.float64
@@ -207,3 +207,136 @@ def test_compared_by_identity() -> None:
     assert dae == dae
     assert dae != DAE(**parts())
     assert len({dae, dae}) == 1
+
+
+# ---- on a grid ------------------------------------------------------------------------------------------------------
+
+H, WIDTH = 3, 4
+F = H * (WIDTH // 2 + 1)
+
+
+def frequencies(*shape: int) -> torch.Tensor:
+    return torch.randn(F, *shape, dtype=torch.complex128)
+
+
+def grid_parts(**changes: Any) -> dict[str, Any]:
+    complex_ = {"W": frequencies(N, N), "U": frequencies(N, P), "G": frequencies(Q, N), "V": frequencies(5, N)}
+    return parts(**complex_, grid=Grid((H, WIDTH))) | changes
+
+
+def test_a_good_one_on_a_grid() -> None:
+    given = grid_parts()
+    dae = DAE(**given)
+    for field in ("W", "U", "G", "Lambda", "b_z", "b_y", "V"):
+        assert torch.equal(getattr(dae, field), given[field])
+    assert (dae.states, dae.inputs, dae.outputs) == (N, P, Q)
+    assert (dae.input_shape, dae.output_shape) == ((P, H, WIDTH), (Q, H, WIDTH))
+    assert "3x4 pixels" in repr(dae)
+    bare = DAE(given["W"], given["U"], given["G"], given["Lambda"], grid=given["grid"])
+    assert torch.equal(bare.bias_z, torch.zeros(N))
+    assert torch.equal(bare.bias_y, torch.zeros(Q))
+    assert (bare.blocks, bare.sigma) == ((N,), Activations("relu", N))
+    dense = DAE(**parts())
+    assert (dense.input_shape, dense.output_shape) == ((P,), (Q,))
+
+
+def test_a_Lambda_that_is_constant_over_the_pixels_of_a_channel() -> None:
+    Lambda = torch.rand(N) + 0.5
+    given = Lambda[:, None, None].expand(N, H, WIDTH)
+    dae = DAE(**grid_parts(Lambda=given))
+    assert torch.equal(dae.Lambda, Lambda)
+    # The square one too: (n, h, w) is not mistaken for anything else.
+    square = grid_parts(Lambda=Lambda[:, None, None].expand(N, N, N).clone(), grid=Grid((N, N)))
+    square |= {k: torch.randn(N * 3, *square[k].shape[1:], dtype=torch.complex128) for k in ("W", "U", "G", "V")}
+    assert torch.equal(DAE(**square).Lambda, Lambda)
+
+
+@pytest.mark.parametrize("pixel", [(0, 0), (1, 2), (2, 3)])
+@pytest.mark.parametrize("factor", [1.5, 1.0 + 1e-12])
+def test_a_Lambda_that_varies_inside_a_channel_is_refused(pixel: tuple[int, int], factor: float) -> None:
+    Lambda = torch.ones(N, H, WIDTH)
+    Lambda[(1, *pixel)] *= factor
+    with pytest.raises(InvalidParameterError) as caught:
+        DAE(**grid_parts(Lambda=Lambda))
+    assert caught.value.where == "Lambda of 'block 7'"
+    assert "varying inside a channel" in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0])
+def test_Lambda_on_a_grid_must_be_positive(bad: float) -> None:
+    Lambda = torch.ones(N)
+    Lambda[2] = bad
+    for given in (Lambda, Lambda[:, None, None].expand(N, H, WIDTH)):
+        with pytest.raises(InvalidParameterError) as caught:
+            DAE(**grid_parts(Lambda=given))
+        assert caught.value.where == "Lambda of 'block 7'"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("W", torch.zeros(N, N, dtype=torch.complex128)),
+        ("W", torch.zeros(F + 1, N, N, dtype=torch.complex128)),
+        ("W", torch.zeros(H * WIDTH, N, N, dtype=torch.complex128)),  # the full spectrum
+        ("U", torch.zeros(F + 1, N, P, dtype=torch.complex128)),
+        ("U", torch.zeros(N, P, dtype=torch.complex128)),
+        ("U", torch.zeros(F, N + 1, P, dtype=torch.complex128)),
+        ("G", torch.zeros(F, Q, N + 1, dtype=torch.complex128)),
+        ("G", torch.zeros(1, Q, N, dtype=torch.complex128)),
+        ("V", torch.zeros(5, N, dtype=torch.complex128)),
+        ("V", torch.zeros(F, 5, N + 1, dtype=torch.complex128)),
+        ("Lambda", torch.ones(N, WIDTH, H)),
+        ("Lambda", torch.ones(F, N)),
+        ("Lambda", torch.ones(N, dtype=torch.complex128)),
+        ("b_z", torch.zeros(N, H, WIDTH)),
+        ("b_z", torch.zeros(N, dtype=torch.complex128)),
+        ("b_y", torch.zeros(Q, dtype=torch.complex128)),
+        ("b_y", torch.zeros(Q, 1, 1)),
+    ],
+)
+def test_wrong_shapes_on_a_grid(field: str, value: torch.Tensor) -> None:
+    with pytest.raises(ShapeError) as caught:
+        DAE(**grid_parts(**{field: value}))
+    assert field in caught.value.where
+    assert "'block 7'" in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["W", "U", "G", "V"])
+def test_real_matrices_on_a_grid_are_refused(field: str) -> None:
+    with pytest.raises(ShapeError) as caught:
+        DAE(**grid_parts(**{field: grid_parts()[field].real}))
+    assert caught.value.where == f"{field} of 'block 7'"
+
+
+@pytest.mark.parametrize("field", ["W", "U", "G", "V", "Lambda", "b_z", "b_y"])
+def test_complex_entries_without_a_grid_are_refused(field: str) -> None:
+    with pytest.raises(ShapeError) as caught:
+        DAE(**parts(**{field: parts()[field].to(torch.complex128)}))
+    assert field in caught.value.where
+
+
+@pytest.mark.parametrize("field", ["W", "U", "G", "V"])
+@pytest.mark.parametrize("bad", [complex(0.0, float("nan")), complex(float("inf"), 0.0)])
+def test_nan_and_infinity_in_frequencies(field: str, bad: complex) -> None:
+    given = grid_parts()
+    given[field].view(-1)[-1] = bad
+    with pytest.raises(NotFiniteError) as caught:
+        DAE(**given)
+    assert caught.value.where == f"{field} of 'block 7'"
+
+
+def test_derive_checks_what_changes_and_keeps_the_rest() -> None:
+    dae = DAE(**grid_parts())
+    Lambda = torch.rand(N) + 0.1
+    new = dae.derive(Lambda=Lambda, lipschitz=3.0)
+    assert (new.lipschitz, new.grid, new.blocks, new.name) == (3.0, dae.grid, dae.blocks, dae.name)
+    assert torch.equal(new.Lambda, Lambda)
+    assert new.W is dae.W
+    assert (dae.lipschitz, bool(torch.equal(dae.Lambda, Lambda))) == (2.0, False)
+    for bad in ({"W": torch.zeros(N, N)}, {"b_z": torch.zeros(N + 1)}, {"grid": Grid()}, {"blocks": (N + 1,)}):
+        with pytest.raises(ShapeError):
+            dae.derive(**bad)
+    with pytest.raises(InvalidParameterError):
+        dae.derive(Lambda=-Lambda)
+    with pytest.raises(NotFiniteError):
+        dae.derive(G=dae.G / 0.0)

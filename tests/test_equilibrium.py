@@ -1,4 +1,7 @@
-"""What a solve reports, and the implicit gradient against finite differences and the dense formula."""
+"""What a solve reports, and the implicit gradient against finite differences and the dense formula.
+
+On images against finite differences in pixels and kernels, an unrolled iteration, and the dense circulant form.
+"""
 
 import math
 
@@ -11,6 +14,7 @@ from lipconvert import (
     DAE,
     LBEN,
     Activations,
+    Grid,
     InvalidParameterError,
     LipconvertError,
     NotConvergedError,
@@ -22,6 +26,7 @@ from lipconvert import (
     equilibrium,
     solve,
 )
+from lipconvert.equilibrium import evaluate
 
 N = 6
 ITERATIVE = ("sweep", "peaceman_rachford", "forward_backward")
@@ -276,3 +281,177 @@ def test_a_strongly_monotone_stiff_model_is_solved():
     lben.S.mul_(30.0)
     assert check(lben.dae()).mu > 0.1
     assert bool(lben.solve(torch.randn(64, 5)).converged.all())
+
+
+# ---- on a grid ------------------------------------------------------------------------------------------------------
+
+IMAGES = [(1, 1), (1, 3), (2, 2), (3, 2), (2, 3), (3, 4)]
+C = 3  # channels
+
+
+def circulant(K: Tensor) -> Tensor:
+    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
+    q, p, h, w = K.shape
+    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
+    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
+    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
+
+
+def matrices(K: Tensor) -> Tensor:
+    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
+    h, w = K.shape[2:]
+    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
+    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
+    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
+
+
+def correlate(x: Tensor, K: Tensor) -> Tensor:
+    """The convolution itself, tap by tap."""
+    taps = np.ndindex(*K.shape[2:])
+    return torch.stack(
+        [torch.einsum("ij,bjst->bist", K[:, :, a, b], torch.roll(x, (-a, -b), (2, 3))) for a, b in taps]
+    ).sum(0)
+
+
+def contracting_kernels(image: tuple[int, int], norm: float = 0.6) -> Tensor:
+    """Kernels of a W of a norm, nearly triangular in the channels, not symmetric in anything."""
+    K = torch.randn(C, C, *image, generator=torch.Generator().manual_seed(4))
+    K = K * (torch.ones(C, C).tril(-1) + 0.1)[:, :, None, None]
+    return K * (norm / float(np.linalg.norm(circulant(K).numpy(), 2)))
+
+
+def states(K: Tensor, u: Tensor, sigma: Activations, options: SolverOptions) -> Tensor:
+    """z on pixels, from kernels and u on pixels."""
+    grid = Grid(tuple(K.shape[2:]))
+    W = grid.matrices(K)
+    map = StateMap(W, (1, 1, 1), torch.ones(C), grid=grid)
+    return grid.values(equilibrium(W, grid.coordinates(u), sigma, map, options))
+
+
+@pytest.mark.parametrize("image", [(1, 3), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("method", "runs"),
+    [
+        ("auto", [("tanh", 3)]),
+        ("sweep", [("relu", 1), ("identity", 1), ("softplus(2.0)", 1)]),
+        ("peaceman_rachford", [("tanh", 1), ("leaky_relu(0.1)", 2)]),
+        ("forward_backward", [("relu", 3)]),
+    ],
+)
+def test_gradcheck_in_kernels_and_pixels(method, runs, image):
+    """Odd and even widths and heights: a wrong weight of a column of the half spectrum would be a factor of two."""
+    K, u = contracting_kernels(image).requires_grad_(True), (2.0 * torch.randn(2, C, *image)).requires_grad_(True)
+    sigma, options = Activations.of(runs), SolverOptions(method)
+    with torch.no_grad():
+        v = correlate(states(K, u, sigma, options), K) + u
+        u[v.abs() < 1e-3] += 0.1  # kinks are further away than the difference step
+        assert float((correlate(states(K, u, sigma, options), K) + u).abs().min()) > 1e-3
+
+    def function(K: Tensor, u: Tensor) -> Tensor:
+        return states(K, u, sigma, options)
+
+    # In random directions: the whole Jacobians have up to 72 × 180 entries.
+    whole = method == "auto" and image == (1, 3)
+    assert torch.autograd.gradcheck(function, (K, u), atol=1e-6, rtol=1e-5, fast_mode=not whole)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("method", ["auto", *ITERATIVE])
+def test_gradient_on_images_equals_that_of_an_unrolled_iteration(method, image):
+    K, u = contracting_kernels(image, 0.4).requires_grad_(True), torch.randn(4, C, *image).requires_grad_(True)
+    sigma, g = Activations.of([("tanh", 1), ("identity", 1), ("tanh", 1)]), torch.randn(4, C, *image)
+    unrolled = torch.zeros(4, C, *image)
+    for _ in range(45):  # 0.4^45 is below round-off
+        v = correlate(unrolled, K) + u
+        unrolled = torch.stack([v[:, 0].tanh(), v[:, 1], v[:, 2].tanh()], 1)
+    z = states(K, u, sigma, SolverOptions(method))
+    np.testing.assert_allclose(z.detach().numpy(), unrolled.detach().numpy(), atol=1e-12)
+    expected = torch.autograd.grad((unrolled * g).sum(), (K, u))
+    for ours, theirs in zip(torch.autograd.grad((z * g).sum(), (K, u)), expected, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-11)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_gradient_on_images_is_the_implicit_function_theorem_of_the_dense_form(image):
+    """dℓ/du = (I − DW)⁻ᵀ-solve, then D; dℓ/dK[a] sums dℓ/dW over the pixels that a tap connects."""
+    K, u, g = contracting_kernels(image), torch.randn(2, C, *image), torch.randn(2, C, *image)
+    K.requires_grad_(True)
+    u.requires_grad_(True)
+    z = states(K, u, Activations("relu", C), SolverOptions())
+    dK, du = torch.autograd.grad((z * g).sum(), (K, u))
+    W, n = circulant(K).detach(), C * image[0] * image[1]
+    dW = torch.zeros(n, n)
+    for zb, ub, gb, dub in zip(*(t.detach().flatten(1) for t in (z, u, g, du)), strict=True):
+        D = torch.diag((W @ zb + ub > 0).double())
+        p = D @ torch.linalg.solve((torch.eye(n) - D @ W).mT, gb)
+        np.testing.assert_allclose(dub.numpy(), p.numpy(), atol=1e-11)
+        dW += torch.outer(p, zb)
+    (expected,) = torch.autograd.grad((circulant(K) * dW).sum(), K)
+    np.testing.assert_allclose(dK.numpy(), expected.numpy(), atol=1e-11)
+
+
+def test_frozen_kernels_still_give_image_gradients():
+    K, u = contracting_kernels((2, 3)), torch.randn(2, C, 2, 3).requires_grad_(True)
+    (du,) = torch.autograd.grad(states(K, u, Activations("tanh", C), SolverOptions()).sum(), u)
+    assert du.shape == u.shape
+    with torch.no_grad():
+        assert not states(K, u, Activations("tanh", C), SolverOptions()).requires_grad
+
+
+def test_a_second_derivative_on_images_raises():
+    K, u = contracting_kernels((2, 3)).requires_grad_(True), torch.randn(2, C, 2, 3).requires_grad_(True)
+    z = states(K, u, Activations("tanh", C), SolverOptions())
+    (dK,) = torch.autograd.grad(z.square().sum(), K, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        dK.square().sum().backward()
+
+
+def test_u_that_does_not_fit_a_grid_is_named():
+    grid = Grid((2, 3))
+    map, sigma = StateMap(grid.matrices(contracting_kernels((2, 3))), grid=grid), Activations("relu", C)
+    good = grid.coordinates(torch.randn(2, C, 2, 3))
+    assert solve(map, sigma, good).value.shape == good.shape
+    pixels = torch.randn(2, C, 2, 3)
+    for u in (pixels, pixels.flatten(2), good.real, good[:, :2], good[:, :, :3], good[0], good.flatten(1)):
+        with pytest.raises(ShapeError):
+            solve(map, sigma, u)
+    with pytest.raises(ShapeError):  # and images do not fit a dense map
+        solve(StateMap(torch.zeros(C, C)), sigma, torch.zeros(2, C, dtype=torch.complex128))
+
+
+@pytest.mark.parametrize("method", ["auto", "forward_substitution", *ITERATIVE])
+def test_no_images(method):
+    grid = Grid((2, 3))
+    K = contracting_kernels((2, 3)) * torch.ones(C, C).tril(-1)[:, :, None, None]
+    map = StateMap(grid.matrices(K), Lambda=torch.ones(C), grid=grid)
+    u = grid.coordinates(torch.zeros(0, C, 2, 3))
+    assert solve(map, Activations("relu", C), u, SolverOptions(method)).value.shape == (0, C, 4)
+
+
+def test_images_that_are_not_finite_are_reported():
+    grid = Grid((2, 2))
+    map = StateMap(grid.matrices(contracting_kernels((2, 2))), Lambda=torch.ones(C), grid=grid)
+    u = torch.zeros(2, C, 2, 2)
+    u[1, 0, 1, 1] = math.nan
+    solution = solve(map, Activations("relu", C), grid.coordinates(u), SolverOptions(throw=False))
+    assert solution.status.tolist() == [Status.CONVERGED, Status.DIVERGED]
+    with pytest.raises(LipconvertError):
+        solve(map, Activations("relu", C), grid.coordinates(u))
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_evaluate_on_images(image):
+    """y and its derivative in x, against plain convolutions iterated to the equilibrium."""
+    grid, K = Grid(image), contracting_kernels(image, 0.4)
+    U, G = torch.randn(C, 2, *image), torch.randn(4, C, *image)
+    b_z, b_y, x = torch.randn(C), torch.randn(4), torch.randn(3, 2, *image).requires_grad_(True)
+    sigma = Activations.of([("tanh", 2), ("identity", 1)])
+    dae = DAE(matrices(K), matrices(U), matrices(G), torch.ones(C), b_z, b_y, sigma, grid=grid)
+    y, z = evaluate(dae, x), torch.zeros(3, C, *image)
+    for _ in range(45):
+        v = correlate(z, K) + correlate(x, U) + b_z[:, None, None]
+        z = torch.cat([v[:, :2].tanh(), v[:, 2:]], 1)
+    expected = correlate(z, G) + b_y[:, None, None]
+    np.testing.assert_allclose(y.detach().numpy(), expected.detach().numpy(), atol=1e-11)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected))
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-10, atol=1e-10)

@@ -27,6 +27,11 @@ CASES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Flatten(), (2, 2, 3)),
     (nn.Identity(), (4,)),
     (nn.Unflatten(1, (2, 3)), (6,)),
+    (nn.AvgPool2d(2), (2, 4, 6)),
+    (nn.AvgPool2d(4, divisor_override=4), (1, 4, 8)),
+    (nn.AvgPool2d((1, 3), divisor_override=2), (2, 2, 6)),
+    (nn.PixelUnshuffle(2), (2, 4, 6)),
+    (nn.PixelShuffle(2), (4, 2, 3)),
 ]
 
 
@@ -131,6 +136,21 @@ def test_other_modules_are_not_glue() -> None:
     assert core_lipschitz(nn.ReLU()) == 1.0
     for module in (nn.Linear(2, 2), nn.Dropout(), Doubled()):
         assert core_lipschitz(module) is None
+    # Windows that overlap, or end outside the image, count a pixel more than once or not at all.
+    for pool in (nn.AvgPool2d(3, 1), nn.AvgPool2d(2, padding=1), nn.AvgPool2d(2, ceil_mode=True), nn.MaxPool2d(2)):
+        assert core_lipschitz(pool) is None
+
+
+def test_max_min_is_one_lipschitz_glue() -> None:
+    """Slopes are permutations of pairs: the largest quotient over random pairs of inputs is 1, and is met."""
+    assert core_lipschitz(lc.MaxMin()) == 1.0
+    x, y = torch.randn(500, 4, 2, 2), torch.randn(500, 4, 2, 2)
+    quotients = (lc.MaxMin()(x) - lc.MaxMin()(y)).flatten(1).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+    assert float(quotients.max()) <= 1.0 + 1e-14
+    near = lc.MaxMin()(x + 1e-6 * y) - lc.MaxMin()(x)
+    assert float((near.flatten(1).norm(dim=1) / (1e-6 * y).flatten(1).norm(dim=1)).max()) > 1.0 - 1e-6
+    with pytest.raises(ShapeError, match="even"):
+        lc.MaxMin()(torch.zeros(2, 3, 2, 2))
 
 
 def test_affine_image_refuses_what_is_not_affine() -> None:

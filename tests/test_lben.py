@@ -1,4 +1,7 @@
-"""The LBEN module: its W against equation (2) in numpy, caching, state, shapes, dtypes, gradients."""
+"""The LBEN module: its W against equation (2) in numpy, caching, state, shapes, dtypes, gradients.
+
+With an image, equation (2) is that of the circulant matrices of the module's kernels, built here index by index.
+"""
 
 import copy
 import io
@@ -14,6 +17,7 @@ from lipconvert import (
     DAE,
     LBEN,
     Activations,
+    Grid,
     InvalidParameterError,
     NotConvergedError,
     ShapeError,
@@ -284,3 +288,327 @@ def test_an_ill_posed_dae_is_reported():
     lben = LBEN.from_dae(DAE(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), torch.ones(1)))
     with pytest.raises(NotConvergedError):
         lben(torch.zeros(1, 1))
+
+
+# ---- on a grid ------------------------------------------------------------------------------------------------------
+
+IMAGES = [(1, 1), (1, 3), (2, 2), (3, 2), (2, 4)]
+
+
+def circulant(K: Tensor) -> Tensor:
+    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
+    q, p, h, w = K.shape
+    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
+    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
+    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
+
+
+def matrices(K: Tensor) -> Tensor:
+    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
+    h, w = K.shape[2:]
+    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
+    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
+    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
+
+
+def image_lben(image: tuple[int, int], p: int = 2, n: int = 3, q: int = 2, **options) -> LBEN:
+    return random_lben(p, n, q, image=image, **options)
+
+
+def dense_parts(lben: LBEN) -> tuple[np.ndarray, ...]:
+    """(W, U, G, b_z, b_y) on flattened images, W by equation (2) of the circulant matrices, float64."""
+    pixels, L = lben.grid.pixels, lben.lipschitz
+    log_psi, b_z, b_y = (getattr(lben, k).detach().double().numpy().repeat(pixels) for k in ("log_psi", "b_z", "b_y"))
+    G, U, V, S = (circulant(getattr(lben, k).detach().double()).numpy() for k in ("G", "U", "V", "S"))
+    Psi, inverse, eye = np.diag(np.exp(log_psi)), np.diag(np.exp(-log_psi)), np.eye(len(log_psi))
+    inner = G.T @ G / (2 * L) + inverse @ U @ U.T @ inverse / (2 * L) + V.T @ V + S - S.T + lben.epsilon * eye
+    return eye - Psi @ inner, U, G, b_z, b_y
+
+
+def kernels_of(W: np.ndarray, lben: LBEN) -> Tensor:
+    """The kernels of a circulant matrix: what the first pixel of each channel reads."""
+    n, pixels = len(lben.log_psi), lben.grid.pixels
+    K = torch.from_numpy(W).reshape(n, pixels, n, pixels)[:, 0].reshape(n, n, *lben.grid.image)
+    np.testing.assert_allclose(circulant(K).numpy(), W, atol=1e-13 * max(1.0, np.abs(W).max()))
+    return K
+
+
+def assert_image_cache_is_current(lben: LBEN, tolerance: float = 1e-12) -> None:
+    expected = matrices(kernels_of(dense_parts(lben)[0], lben))
+    found = lben.state_map().W.to(torch.complex128)
+    assert float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+def newton(W: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """z = tanh(Wz + u) for each row of u, along τW, τ = 0..1."""
+    rows = []
+    for drive in u:
+        z = np.zeros_like(drive)
+        for tau in np.linspace(0.0, 1.0, 11):
+            for _ in range(60):
+                value = np.tanh(tau * W @ z + drive)
+                if np.linalg.norm(z - value) <= 1e-14 * (1.0 + np.linalg.norm(z)):
+                    break
+                slope = 1.0 - value**2
+                z = z - np.linalg.solve(np.eye(len(z)) - slope[:, None] * tau * W, z - value)
+        assert np.linalg.norm(z - value) <= 1e-13 * (1.0 + np.linalg.norm(z)), "the reference did not converge"
+        rows.append(z)
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_W_on_images_is_equation_2_of_the_circulant_matrices(image):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        lben = image_lben(image, lipschitz=0.3 + seed, epsilon=0.1 * (seed % 3))
+        W, U, G, _, _ = dense_parts(lben)
+        assert_image_cache_is_current(lben)
+        expected = matrices(kernels_of(W, lben))
+        for found in (lben.W.detach(), lben.dae().W):
+            np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-12 * max(1.0, np.abs(W).max()))
+        assert lben.dae().input_shape == lben.input_shape == (2, *image)
+        # (0.6) densely, at every value of the parameters.
+        V, L, Lambda = (
+            circulant(lben.V.detach()).numpy(),
+            lben.lipschitz,
+            np.diag(np.exp(-lben.log_psi.detach().numpy())),
+        )
+        Lambda = np.kron(Lambda, np.eye(lben.grid.pixels))
+        W = circulant(lben.grid.kernels(lben.W.detach())).numpy()
+        H = 2 * Lambda - Lambda @ W - W.T @ Lambda - G.T @ G / L - Lambda @ U @ U.T @ Lambda / L
+        size = max(1.0, np.abs(Lambda @ W).max())
+        np.testing.assert_allclose(H, 2 * V.T @ V + 2 * lben.epsilon * np.eye(len(W)), atol=1e-12 * size)
+        assert np.linalg.eigvalsh(H)[0] >= 2 * lben.epsilon - 1e-12 * size
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("method", ["auto", "peaceman_rachford"])
+def test_output_on_images_is_that_of_the_dense_form(image, method):
+    lben, x = image_lben(image, options=SolverOptions(method)), torch.randn(4, 2, *image)
+    W, U, G, b_z, b_y = dense_parts(lben)
+    expected = (newton(W, x.flatten(1).numpy() @ U.T + b_z) @ G.T + b_y).reshape(4, 2, *image)
+    with torch.no_grad():
+        without_grad = lben(x)
+    for y in (lben(x).detach(), without_grad, copy.deepcopy(lben).requires_grad_(False)(x)):
+        np.testing.assert_allclose(y.numpy(), expected, atol=1e-11)
+    np.testing.assert_allclose(lben.drive(x).shape, (4, 3, *lben.grid.batch))
+    drive = lben.grid.values(lben.drive(x)).detach().flatten(1).numpy()
+    np.testing.assert_allclose(drive, x.flatten(1).numpy() @ U.T + b_z, atol=1e-13)
+
+
+def test_rows_of_U_that_are_zero_on_images_are_left_out_and_nothing_else():
+    lben, x = image_lben((2, 3), p=2, n=4), torch.randn(4, 2, 2, 3)
+    unit = torch.zeros(2, 2, 2, 3)
+    unit[0, 0, 0, 0] = unit[1, 1, 0, 0] = 1.0
+    fillings = [torch.randn(4, 2, 2, 3) for _ in range(4)]
+    fillings[1][:2] = fillings[2][3] = 0.0
+    fillings[3][:, :, 0, 1] = 1.0
+    for start in range(3):  # U = I on two of the rows, where nothing is multiplied
+        fillings.append(torch.zeros(4, 2, 2, 3))
+        fillings[-1][start : start + 2] = unit
+    nearly = fillings[-1].clone()
+    nearly[2, 0, 1, 1] = 1e-9
+    shifted = fillings[-1].roll(1, 3)
+    for U in (*fillings, nearly, shifted, torch.zeros(4, 2, 2, 3)):
+        with torch.no_grad():
+            lben.U.copy_(U)
+        expected = x.flatten(1) @ circulant(U).T + lben.b_z.detach().repeat_interleave(6)
+        found = lben.grid.values(lben.drive(x)).detach().flatten(1)
+        np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-13)
+
+
+@pytest.mark.parametrize("image", [(1, 1), (1, 3), (3, 2)])
+def test_a_random_network_on_images_keeps_its_constant(image):
+    """The 2-norm of the dense Jacobian at random points, before and after the parameters are moved at random."""
+    lben = LBEN(2, 3, 2, image=image, lipschitz=0.8, epsilon=0.05, activation="relu")
+    for _ in range(3):
+        x = (3.0 * torch.randn(2, 2, *image)).requires_grad_(True)
+        y = lben(x).flatten(1)
+        rows = [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0].flatten(1) for i in range(y.shape[1])]
+        assert float(torch.linalg.matrix_norm(torch.stack(rows, 1), 2).max()) <= 0.8 * (1.0 + 1e-9)
+        a, b = 3.0 * torch.randn(2, 20, 2, *image)
+        with torch.no_grad():
+            ratio = (lben(a) - lben(b)).flatten(1).norm(dim=1) / (a - b).flatten(1).norm(dim=1)
+            assert float(ratio.max()) <= 0.8 * (1.0 + 1e-9)
+            assert float(ratio.max()) > 1e-3
+            for parameter in lben.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize(("method", "activation"), [("auto", "tanh"), ("peaceman_rachford", "relu")])
+def test_gradients_to_every_parameter_on_images_by_differences(method, activation, image):
+    lben = image_lben(image, epsilon=0.6, activation=activation, options=SolverOptions(method))
+    with torch.no_grad():
+        for weight in (lben.G, lben.U, lben.V, lben.S):
+            weight *= 0.3
+        lben.log_psi *= 0.3
+        x = torch.randn(2, 2, *image)
+        W, U, _, b_z, _ = dense_parts(lben)
+        z = lben.grid.values(lben.solve(x).value).flatten(1).numpy()
+        assert np.abs(z @ W.T + x.flatten(1).numpy() @ U.T + b_z).min() > 1e-4  # kinks are further than the step
+    values = tuple(getattr(lben, name).detach().clone().requires_grad_(True) for name in PARAMETERS)
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(lben, dict(zip(PARAMETERS, values, strict=True)), (x,))
+
+    # Each by itself, in one direction: a wrong factor cannot hide behind the others.
+    inputs, g = (x.requires_grad_(True), *values), torch.randn(2, 2, *image)
+    gradients = torch.autograd.grad((function(*inputs) * g).sum(), inputs)
+    for k, gradient in enumerate(gradients):
+        step = torch.randn_like(inputs[k])
+        moved = [[v + t * step if i == k else v for i, v in enumerate(inputs)] for t in (1e-6, -1e-6)]
+        with torch.no_grad():
+            up, down = (float((function(*v) * g).sum()) for v in moved)
+        assert float((gradient * step).sum()) == pytest.approx((up - down) / 2e-6, rel=1e-6, abs=1e-7)
+
+
+def test_gradients_on_images_of_frozen_parameters():
+    lben, x = image_lben((2, 3)), torch.randn(2, 2, 2, 3).requires_grad_(True)
+    (expected,) = torch.autograd.grad(lben(x).square().sum(), x)
+    for frozen in (("V", "S"), ("log_psi", "G", "U", "V", "S"), PARAMETERS):
+        twin = copy.deepcopy(lben)
+        for name in frozen:
+            getattr(twin, name).requires_grad_(False)
+        (found,) = torch.autograd.grad(twin(x).square().sum(), x)
+        np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-11)
+
+
+def test_cached_W_on_images_follows_every_change_of_the_weights():
+    lben, x = image_lben((2, 3)), torch.randn(4, 2, 2, 3)
+    assert lben.state_map() is lben.state_map()
+    optimiser = torch.optim.Adam(lben.parameters(), lr=1e-2)
+    for _ in range(3):
+        assert_image_cache_is_current(lben)
+        lben(x).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    for name in PARAMETERS[:5]:
+        with torch.no_grad():
+            getattr(lben, name)[0] += 0.01
+        assert_image_cache_is_current(lben)
+    lben.load_state_dict(image_lben((2, 3)).state_dict())
+    assert_image_cache_is_current(lben)
+    lben.V.data.view(-1)[5] += 0.3  # a few entries, not counted by torch
+    lben.refresh()
+    assert_image_cache_is_current(lben)
+    lben.float()
+    assert_image_cache_is_current(lben, 1e-5)
+    assert lben.state_map().W.dtype == torch.complex64
+    lben.double()
+    lben.epsilon = 0.7
+    assert_image_cache_is_current(lben)
+    with torch.no_grad():
+        before = lben(x)
+        lben.G.add_(0.1)
+        W, U, G, b_z, b_y = dense_parts(lben)
+        expected = newton(W, x.flatten(1).numpy() @ U.T + b_z) @ G.T + b_y
+        np.testing.assert_allclose(lben(x).flatten(1).numpy(), expected, atol=1e-11)
+        assert not torch.allclose(lben(x), before)
+
+
+def test_state_dict_round_trip_on_images():
+    sigma = Activations.of([("identity", 1), ("leaky_relu(0.25)", 1), ("tanh", 1)])
+    source = image_lben((2, 3), lipschitz=2.5, epsilon=0.3, activation=sigma)
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    target, x = LBEN(2, 3, 2, image=(2, 3)), torch.randn(4, 2, 2, 3)
+    target.state_map()
+    target.load_state_dict(torch.load(file, weights_only=True))
+    assert (target.lipschitz, target.epsilon, target.sigma) == (2.5, 0.3, sigma)
+    with torch.no_grad():
+        assert torch.equal(target(x), source(x))
+        assert torch.equal(copy.deepcopy(source)(x), source(x))
+    for other in ((3, 2), (1, 6), ()):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            LBEN(2, 3, 2, image=other).load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_float32_on_images_agrees_with_float64(image):
+    lben, x = image_lben(image, epsilon=0.5), torch.randn(8, 2, *image)
+    single = copy.deepcopy(lben).float()
+    with torch.no_grad():
+        y = lben(x)
+        assert float((single(x.float()).double() - y).abs().max()) <= 1e-5 * float(y.abs().max())
+    single(x.float()).sum().backward()
+    lben(x).sum().backward()
+    for name in PARAMETERS:
+        actual, expected = getattr(single, name).grad, getattr(lben, name).grad
+        assert actual.dtype == torch.float32
+        assert float((actual.double() - expected).abs().max()) < 1e-4 * max(float(expected.abs().max()), 1.0)
+
+
+def test_leading_dimensions_of_images():
+    lben, x = image_lben((2, 3)), torch.randn(2, 3, 2, 2, 3)
+    y = lben(x)
+    assert y.shape == (2, 3, 2, 2, 3)
+    for i, j in np.ndindex(2, 3):
+        assert lben(x[i, j]).shape == (2, 2, 3)
+        np.testing.assert_allclose(lben(x[i, j]).detach().numpy(), y[i, j].detach().numpy(), atol=1e-12)
+    for empty in ((0, 2, 2, 3), (3, 0, 2, 2, 3)):
+        assert lben(torch.zeros(empty)).shape == empty
+        with torch.no_grad():
+            assert lben(torch.zeros(empty)).shape == empty
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 2), (4, 3, 2, 3), (2, 3), (4, 12), (4, 2, 2, 4), ()])
+def test_images_that_do_not_fit_are_named(shape):
+    lben = image_lben((2, 3))
+    for call in (lben, lben.solve):
+        with pytest.raises(ShapeError) as caught:
+            call(torch.zeros(shape))
+        assert caught.value.actual == shape
+        assert "2, 2, 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("image", [(3,), (0, 2), (1, 2, 3)])
+def test_an_image_has_two_sizes(image):
+    with pytest.raises(ShapeError):
+        LBEN(2, 3, 2, image=image)
+
+
+@pytest.mark.parametrize("image", [(), *IMAGES])
+def test_the_error_bound_of_an_output_bounds_its_error(image):
+    """Solves that stop early, against the exact equilibrium by Newton on flattened images."""
+    lben = image_lben(image, epsilon=0.3) if image else random_lben(2, 3, 2, epsilon=0.3)
+    x = torch.randn(6, 2, *image)
+    if image:
+        W, U, G, b_z, b_y = dense_parts(lben)
+    else:
+        W, (U, G, b_z, b_y) = equation_2(lben), (getattr(lben, k).detach().numpy() for k in ("U", "G", "b_z", "b_y"))
+    exact = newton(W, x.flatten(1).numpy() @ U.T + b_z) @ G.T + b_y
+    for steps in (1, 2, 4, 10):
+        early = lben.solve(x, SolverOptions("peaceman_rachford", max_steps=steps, throw=False))
+        y, bound = lben.output(x, early)
+        actual = np.linalg.norm(y.flatten(1).detach().numpy() - exact, axis=1)
+        assert y.shape == (6, 2, *image)
+        assert bound.dtype == torch.float64
+        assert np.all(actual <= bound.numpy() + 1e-12)
+    y, bound = lben.output(x, lben.solve(x))
+    assert float(bound.max()) <= 1e-9
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_from_dae_on_images_writes_real_kernels(image):
+    dae = image_lben(image, epsilon=0.1).dae()
+    lben = LBEN.from_dae(dae)
+    assert (lben.grid, lben.input_shape, lben.lipschitz) == (Grid(image), (2, *image), dae.lipschitz)
+    assert all(parameter.dtype == torch.float64 for parameter in lben.parameters())
+    np.testing.assert_allclose(lben.W.detach().numpy(), dae.W.numpy(), atol=1e-12)
+    assert_image_cache_is_current(lben)
+
+
+def test_fill_false_leaves_the_parameters_to_the_caller():
+    dtypes = {"dtype": torch.float32, "fill": False}
+    lben = LBEN(2, 3, 2, image=(2, 3), **dtypes)
+    assert {parameter.dtype for parameter in lben.parameters()} == {torch.float32}
+    assert lben.V.shape == (3, 3, 2, 3)
+    lben.reset_parameters()
+    assert bool((lben.log_psi == 0).all())
+    source = LBEN(2, 3, 2, image=(2, 3), dtype=torch.float32)
+    lben.load_state_dict(source.state_dict())
+    x = torch.randn(3, 2, 2, 3).float()
+    with torch.no_grad():
+        assert torch.equal(lben(x), source(x))

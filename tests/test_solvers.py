@@ -1,4 +1,7 @@
-"""Every method against semismooth Newton in numpy; which method ran; samples that do not see each other."""
+"""Every method against semismooth Newton in numpy; which method ran; samples that do not see each other.
+
+On images Newton goes by the dense circulant matrix of the same W.
+"""
 
 from itertools import pairwise
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lipconvert import Activations, InvalidParameterError, SolverOptions, StateMap, Status, solve
+from lipconvert import Activations, Grid, InvalidParameterError, SolverOptions, StateMap, Status, solve
 from lipconvert.solvers import ForwardBackward, PeacemanRachford, Sweep, forward_substitution
 
 N = 12
@@ -121,7 +124,7 @@ def test_all_methods_reach_the_newton_solution(kind, sigma):
         # Both evaluations carry round-off of about N units.
         assert np.all(np.array(fresh) <= solution.residual.numpy() + 1e-15 * (1.0 + solution.scale.numpy()))
         z = solution.value.numpy()
-        terms = [z, u.numpy()] + ([] if solution.method == "forward_substitution" else [z @ map.W.numpy().T])
+        terms = [z] if solution.method == "forward_substitution" else [z, u.numpy(), z @ map.W.numpy().T]
         expected_scale = sum(np.linalg.norm(term, axis=1) for term in terms)
         np.testing.assert_allclose(solution.scale.numpy(), expected_scale, rtol=1e-14)
         assert bool((solution.residual <= 1e-13 * solution.scale).all())
@@ -143,9 +146,9 @@ class Counting(StateMap):
         self._count("apply")
         return super().apply(z)
 
-    def rows(self, block: slice, z: Tensor) -> Tensor:
+    def rows(self, block: slice, z: Tensor, u: Tensor) -> Tensor:
         self._count("rows")
-        return super().rows(block, z)
+        return super().rows(block, z, u)
 
     def rows_below(self, block: slice, z: Tensor, u: Tensor) -> Tensor:
         self._count("rows_below")
@@ -262,13 +265,34 @@ def test_forward_backward_contracts_at_its_rate():
 def test_forward_substitution_is_the_explicit_recursion():
     map = mapping("triangular")
     u = torch.randn(5, N)
-    z, residual = forward_substitution(map, Activations("tanh", N), u)
+    z = forward_substitution(map, Activations("tanh", N), u)
     rows = []
     for k in range(N):  # state by state, whatever the blocks
         before = torch.stack([*rows, *[torch.zeros(5)] * (N - k)], 1)
         rows.append(torch.tanh(before @ map.W[k] + u[:, k]))
     np.testing.assert_allclose(z.numpy(), torch.stack(rows, 1).numpy(), atol=1e-14)
-    assert residual.tolist() == [0.0] * 5
+    solution = solve(map, Activations("tanh", N), u, SolverOptions("forward_substitution"))
+    assert torch.equal(solution.value, z)
+    assert solution.residual.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("image", [(), (2, 3)])
+@pytest.mark.parametrize("method", ["auto", "forward_substitution", *ITERATIVE])
+@pytest.mark.parametrize("kind", ["triangular", "perturbed triangular"])
+def test_u_is_overwritten_only_when_that_is_allowed(kind, method, image):
+    map = conv_mapping(kind, image)[1] if image else mapping(kind)
+    sigma = Activations.of([("identity", 1), ("tanh", 2), ("relu", map.states - 3)])
+    u = map.grid.coordinates(torch.randn(5, map.states, *image))
+    kept, options = u.clone(), SolverOptions(method, throw=False)
+    expected = solve(map, sigma, u, options)
+    assert torch.equal(u, kept)
+    consumed = solve(map, sigma, u, options, consume=True)
+    assert torch.equal(consumed.value, expected.value)
+    assert torch.equal(consumed.residual, expected.residual)
+    out = torch.empty_like(kept)
+    assert forward_substitution(map, ThroughPixels(map.grid, sigma), kept, out) is out
+    if method == "forward_substitution":
+        torch.testing.assert_close(out, expected.value)
 
 
 def test_bad_steps_are_refused():
@@ -326,3 +350,178 @@ def test_a_diverging_neighbour_changes_nothing(method):
     good = torch.tensor([0, 1, 3, 4])
     assert solution.status.tolist() == [0, 0, Status.DIVERGED, 0, 0]
     assert bool((solution.value[good] - alone.value[good]).abs().max() <= 1e-12 * alone.scale.max())
+
+
+# ---- on a grid ------------------------------------------------------------------------------------------------------
+
+IMAGES = [(1, 3), (2, 2), (3, 4)]
+C = 4  # channels
+CHANNELS = {
+    "relu": [("relu", C)],
+    "mixed": [("identity", 1), ("softplus(2.0)", 1), ("relu", 2)],
+}
+
+
+def circulant(K: Tensor) -> Tensor:
+    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
+    q, p, h, w = K.shape
+    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
+    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
+    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
+
+
+def matrices(K: Tensor) -> Tensor:
+    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
+    h, w = K.shape[2:]
+    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
+    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
+    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
+
+
+def conv_mapping(kind: str, image: tuple[int, int]) -> tuple[np.ndarray, StateMap]:
+    """W on flattened images, built there, and the map on the grid; I − W has a margin of at least 0.2 in its metric."""
+    g = torch.Generator().manual_seed(11)
+    pixels = image[0] * image[1]
+    A, B, M = (circulant(0.4 * torch.randn(C, C, *image, generator=g) / (C * pixels) ** 0.5) for _ in range(3))
+    eye, one, blocks = torch.eye(C * pixels), torch.ones(C), None
+    Psi = torch.exp(0.4 * torch.randn(C, generator=g)) if kind == "lben" else one
+    if kind in ("mondeq", "lben"):
+        inner = A.mT @ A + B.mT - B + M.mT @ M * (kind == "lben") + 0.8 * eye
+        W = eye - Psi.repeat_interleave(pixels)[:, None] * inner
+    else:
+        index = torch.arange(C * pixels) // pixels
+        T = A * (index[:, None] > index[None, :])
+        T = T * (0.5 / torch.linalg.matrix_norm(T, 2))
+        size = {"triangular": 0.0, "triangular to round-off": 1e-15, "perturbed triangular": 0.05}[kind]
+        W = T + size * M / torch.linalg.matrix_norm(M, 2)
+        blocks = (1,) * C
+    kernels = W.reshape(C, pixels, C, pixels)[:, 0].reshape(C, C, *image)  # what pixel 0 reads
+    assert torch.allclose(circulant(kernels), W, atol=1e-13)
+    return W.numpy(), StateMap(matrices(kernels), blocks, Psi.reciprocal(), grid=Grid(image))
+
+
+def flat_runs(sigma: str, pixels: int) -> list[tuple[str, int]]:
+    return [(name, size * pixels) for name, size in CHANNELS[sigma]]
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("sigma", CHANNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_methods_reach_the_newton_solution_on_images(kind, sigma, image):
+    W, map = conv_mapping(kind, image)
+    grid, pixels = map.grid, map.grid.pixels
+    runs = flat_runs(sigma, pixels)
+    u = torch.randn(3, C * pixels) * torch.tensor([[0.1], [1.0], [10.0]])
+    expected = np.stack([reference(W, row, runs) for row in u.numpy()])
+    for method in methods(kind):
+        U = grid.coordinates(u.reshape(3, C, *image))
+        solution = solve(map, Activations.of(CHANNELS[sigma]), U, SolverOptions(method))
+        assert solution.method == (KINDS[kind] if method == "auto" else method)
+        z = grid.values(solution.value).flatten(1).numpy()
+        np.testing.assert_allclose(z, expected, atol=1e-10, err_msg=method)
+        # What is reported is about pixels: norms of flattened images.
+        terms = [z] if solution.method == "forward_substitution" else [z, u.numpy(), z @ W.T]
+        scale = sum(np.linalg.norm(term, axis=1) for term in terms)
+        np.testing.assert_allclose(solution.scale.numpy(), scale, rtol=1e-12)
+        fresh = np.array([np.linalg.norm(a - rule(runs, W @ a + b, 0)) for a, b in zip(z, u.numpy(), strict=True)])
+        assert np.all(fresh <= solution.residual.numpy() + 3e-15 * (1.0 + scale))
+        assert bool((solution.residual <= 1e-13 * solution.scale).all())
+        assert solution.status.tolist() == [Status.CONVERGED] * 3
+        if method == "forward_substitution":
+            assert solution.steps.tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("relaxation", [0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.3, 2.0])
+def test_peaceman_rachford_on_images_for_other_steps(alpha, relaxation, image):
+    W, map = conv_mapping("lben", image)
+    grid, pixels = map.grid, map.grid.pixels
+    u = torch.randn(2, C * pixels)
+    iteration, sigma = PeacemanRachford(alpha, relaxation), Activations.of(CHANNELS["relu"])
+    on_pixels = ThroughPixels(grid, sigma)
+    state = iteration.start(torch.zeros_like(grid.coordinates(u.reshape(2, C, *image))))
+    z = state[0]
+    for _ in range(400):
+        state, z, _ = iteration.step(map, on_pixels, grid.coordinates(u.reshape(2, C, *image)), state)
+    expected = np.stack([reference(W, row, flat_runs("relu", pixels)) for row in u.numpy()])
+    np.testing.assert_allclose(grid.values(z).flatten(1).numpy(), expected, atol=1e-11)
+
+
+class ThroughPixels:
+    """σ as a function of coordinates."""
+
+    def __init__(self, grid: Grid, sigma: Activations) -> None:
+        self.grid, self.sigma = grid, sigma
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.grid.coordinates(self.sigma(self.grid.values(v)))
+
+    def __getitem__(self, rows: slice) -> "ThroughPixels":
+        return ThroughPixels(self.grid, self.sigma[rows])
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        return self.grid.coordinates(self.sigma.prox(self.grid.values(v), alpha))
+
+
+def test_newton_is_refused_on_images_and_never_tried():
+    _, map = conv_mapping("lben", (2, 2))
+    u = map.grid.coordinates(torch.randn(3, C, 2, 2))
+    with pytest.raises(InvalidParameterError, match="newton"):
+        solve(map, Activations("relu", C), u, SolverOptions("newton"))
+    # A stiff map, on which splitting is slow: densely Newton takes over, on images the safe step does.
+    stiff = StateMap(1e3 * (map.W - torch.eye(C)) + torch.eye(C), Lambda=map.Lambda, grid=map.grid)
+    solution = solve(stiff, Activations("relu", C), u, SolverOptions(throw=False, max_steps=400))
+    assert "newton" not in solution.method
+
+
+@pytest.mark.parametrize("method", ["auto", "forward_substitution", *ITERATIVE])
+def test_an_image_does_not_see_its_batch(method):
+    kind = {
+        "auto": "lben",
+        "peaceman_rachford": "lben",
+        "forward_backward": "mondeq",
+        "forward_substitution": "triangular",
+    }
+    _, map = conv_mapping(kind.get(method, "perturbed triangular"), (3, 4))
+    activations, options = Activations("relu", C), SolverOptions(method)
+    u = torch.randn(24, C, 3, 4) * torch.logspace(-3, 3, 24)[torch.randperm(24)][:, None, None, None]
+    u[::5] = -u[::5].abs()
+    u[7] = 0.0
+    U = map.grid.coordinates(u)
+    whole = solve(map, activations, U, options)
+    if method != "forward_substitution":  # each stops by itself
+        assert int(whole.steps.max()) - int(whole.steps.min()) > 3
+        assert int(whole.steps[7]) <= 1
+    order = torch.randperm(24)
+    for samples in (order, *torch.arange(24).split(7), *torch.arange(24).split(1)[::6]):
+        solution = solve(map, activations, map.grid.coordinates(u[samples]), options)
+        difference = map.grid.norm(solution.value - whole.value[samples])
+        assert bool((difference <= 1e-12 * whole.scale[samples]).all())
+        assert bool(((solution.steps - whole.steps[samples]).abs() <= 1).all())
+
+
+@pytest.mark.parametrize("method", ["auto", *ITERATIVE])
+def test_a_diverging_neighbour_changes_nothing_on_images(method):
+    _, map = conv_mapping("perturbed triangular" if method == "sweep" else "mondeq", (2, 2))
+    sigma, u = Activations.of(CHANNELS["mixed"]), torch.randn(5, C, 2, 2)
+    options = SolverOptions(method, throw=False)
+    alone = solve(map, sigma, map.grid.coordinates(u), options)
+    u[2, 3, 1, 0] = float("nan")
+    solution = solve(map, sigma, map.grid.coordinates(u), options)
+    good = torch.tensor([0, 1, 3, 4])
+    assert solution.status.tolist() == [0, 0, Status.DIVERGED, 0, 0]
+    assert float((solution.value[good] - alone.value[good]).abs().max()) <= 1e-12 * float(alone.scale.max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_precision_on_images(kind):
+    W, map = conv_mapping(kind, (3, 4))
+    runs, u = flat_runs("mixed", 12), torch.randn(3, C, 3, 4)
+    single = StateMap(map.W.to(torch.complex64), map.blocks, map.Lambda, grid=map.grid)
+    U = map.grid.coordinates(u.float())
+    assert U.dtype == torch.complex64
+    solution = solve(single, Activations.of(CHANNELS["mixed"]), U)
+    assert (solution.value.dtype, solution.residual.dtype) == (torch.complex64, torch.float32)
+    expected = np.stack([reference(W, row, runs) for row in u.flatten(1).numpy()])
+    np.testing.assert_allclose(map.grid.values(solution.value).flatten(1).numpy(), expected, atol=1e-4)

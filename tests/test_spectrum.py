@@ -1,4 +1,7 @@
-"""The linear algebra: upper bounds against exact arithmetic, roots against their definitions."""
+"""The linear algebra: upper bounds against exact arithmetic, roots against their definitions.
+
+Circular convolutions against sums over shifted images, circulant matrices built index by index, and torch's own layers.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.linalg import sqrtm
+from torch import Tensor, nn
+from torch.nn import functional
 
 import lipconvert as lc
-from lipconvert import NotFiniteError, NotPSDError
-from lipconvert.spectrum import hermitian, least_eigenvalue, require_finite, roundoff, triangular_factor
+from lipconvert import Grid, InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
+from lipconvert.spectrum import (
+    add_product,
+    fold,
+    gram,
+    hermitian,
+    least_eigenvalue,
+    require_finite,
+    roundoff,
+    triangular_factor,
+)
+
+IMAGES = [(1, 1), (1, 3), (2, 2), (2, 1), (5, 4), (7, 8), (8, 7), (33, 17)]
+SMALL = IMAGES[:5]  # where a dense matrix is built
 
 
 def exactly_bounded(M: list[list[float]], s: float) -> bool:
@@ -172,3 +189,339 @@ def test_require_finite() -> None:
     assert (caught.value.where, caught.value.count, caught.value.total) == ("weight of 'a'", 3, 4)
     with pytest.raises(NotFiniteError):
         require_finite(torch.tensor([complex(0.0, float("nan"))]), "c")
+
+
+# ---- circular convolutions ------------------------------------------------------------------------------------------
+
+
+def shifted(x: Tensor, a: int, b: int) -> Tensor:
+    """x[..., s + a, t + b] modulo the image."""
+    return torch.roll(x, (-a, -b), (-2, -1))
+
+
+def correlate(x: Tensor, K: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """y_i[s, t] = Σ_j Σ_ab K_ij[a, b] x_j[s + a − p, t + b − r], tap by tap; K of any size."""
+    taps = np.ndindex(*K.shape[2:])
+    parts = [torch.einsum("ij,bjst->bist", K[:, :, a, b], shifted(x, a - origin[0], b - origin[1])) for a, b in taps]
+    return torch.stack(parts).sum(0)
+
+
+def circulant(K: Tensor) -> Tensor:
+    """The matrix of `correlate` on flattened images, by its indices: kernels (q, p, h, w) → (q·hw, p·hw)."""
+    q, p, h, w = K.shape
+    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
+    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
+    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
+
+
+def transform(K: Tensor) -> Tensor:
+    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
+    h, w = K.shape[2:]
+    k, a = torch.meshgrid(torch.arange(h), torch.arange(h), indexing="ij")
+    m, b = torch.meshgrid(torch.arange(w // 2 + 1), torch.arange(w), indexing="ij")
+    rows, columns = torch.exp(2j * torch.pi * k * a / h), torch.exp(2j * torch.pi * m * b / w)
+    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_matrices_are_the_sum_of_their_taps(image: tuple[int, int]) -> None:
+    K = torch.randn(2, 3, *image)
+    M = Grid(image).matrices(K)
+    assert M.shape == (*Grid(image).batch, 2, 3)
+    torch.testing.assert_close(M, transform(K), rtol=0.0, atol=1e-11)  # hw terms of size 1
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(0, 3), st.integers(1, 3))
+def test_round_trips(image: tuple[int, int], count: int, channels: int) -> None:
+    grid = Grid(image)
+    x, K = torch.randn(count, channels, *image, dtype=torch.float64), torch.randn(2, channels, *image).double()
+    X, M = grid.coordinates(x), grid.matrices(K)
+    assert X.shape == (count, channels, *grid.batch)
+    assert M.shape == (*grid.batch, 2, channels)
+    torch.testing.assert_close(grid.values(X), x, rtol=0.0, atol=1e-14)
+    torch.testing.assert_close(grid.kernels(M), K, rtol=0.0, atol=1e-14)
+    assert torch.equal(grid.samples(grid.columns(X)), X)
+    assert torch.equal(grid.columns(grid.samples(M)), M)
+
+
+def test_a_dense_grid_changes_nothing() -> None:
+    grid, x, M, b = Grid(), torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
+    assert not grid
+    assert (grid.batch, grid.pixels) == ((), 1)
+    for same in (grid.coordinates, grid.values, grid.matrices, grid.kernels):
+        assert same(x) is x
+    assert grid.convolution(M) is M
+    assert float(grid.weights(x)) == 1.0
+    torch.testing.assert_close(grid.apply(M, x), x @ M.T)
+    torch.testing.assert_close(grid.affine(M, x, b), x @ M.T + b)
+    torch.testing.assert_close(grid.apply_onto(torch.ones(4, 2), M, x), x @ M.T + 1.0)
+    torch.testing.assert_close(grid.constant(b, 4), torch.stack([b] * 4))
+    grid.constant(b, 4)[0] = 7.0  # memory of its own
+    assert float(b.abs().max()) < 7.0
+    torch.testing.assert_close(grid.norm(x), x.square().sum(1).sqrt())
+    assert torch.equal(grid.channel_norms(x), x.abs())
+
+
+@pytest.mark.parametrize("image", [(3,), (1, 2, 3), (0, 4), (3, -1)])
+def test_a_grid_has_two_positive_sizes(image: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError):
+        Grid(image)
+
+
+def test_grids_are_compared_by_their_image() -> None:
+    sizes: list[int] = torch.tensor([3, 4]).tolist()
+    assert Grid((3, 4)) == Grid(tuple(sizes)) != Grid((4, 3))
+    assert hash(Grid((3, 4))) == hash(Grid((3, 4)))
+    with pytest.raises(ShapeError):
+        Grid((3, 4)).matrices(torch.zeros(2, 2, 4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.complex128])
+def test_images_are_float32_or_float64(dtype: torch.dtype) -> None:
+    with pytest.raises(InvalidParameterError):
+        Grid((2, 3)).coordinates(torch.ones(1, 2, 2, 3).to(dtype))
+
+
+def test_weights_first_used_in_inference_mode_can_be_differentiated_through_later() -> None:
+    grid, x = Grid((3, 29)), torch.randn(2, 2, 3, 29)  # a size of its own: nothing is kept of it yet
+    with torch.inference_mode():
+        grid.norm(grid.coordinates(x))
+    x.requires_grad_(True)
+    (found,) = torch.autograd.grad(grid.norm(grid.coordinates(x)).sum(), x)
+    expected = x.detach() / x.detach().flatten(1).norm(dim=1)[:, None, None, None]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_operators_are_convolutions(image: tuple[int, int]) -> None:
+    grid, K, b = Grid(image), torch.randn(2, 3, *image), torch.randn(2)
+    x, u = torch.randn(4, 3, *image), torch.randn(4, 2, *image)
+    M, X, expected = grid.matrices(K), grid.coordinates(x), correlate(x, K)
+    bias = b[:, None, None]
+    for found, wanted in (
+        (grid.apply(M, X), expected),
+        (grid.affine(M, X, b), expected + bias),
+        (grid.apply_onto(grid.coordinates(u), M, X), expected + u),
+        (grid.constant(b, 4), bias.expand(4, 2, *image)),
+    ):
+        # hw·3 products of size 1.
+        torch.testing.assert_close(grid.values(found), wanted, rtol=0.0, atol=1e-11)
+    own = grid.constant(b, 4)
+    own[0] = 7.0
+    torch.testing.assert_close(grid.values(own)[1:], bias.expand(3, 2, *image))
+
+
+def test_operators_take_inputs_in_any_memory_layout() -> None:
+    grid, K = Grid((3, 4)), torch.randn(2, 3, 3, 4)
+    x = torch.randn(5, 3, 3, 4)
+    X = grid.coordinates(x)
+    for same in (X, X.contiguous(), X.clone(), X[[0, 1, 2, 3, 4]]):
+        assert torch.equal(same, X)
+        torch.testing.assert_close(grid.values(grid.apply(grid.matrices(K), same)), correlate(x, K))
+    torch.testing.assert_close(grid.values(grid.apply(grid.matrices(K), X[1:3])), correlate(x[1:3], K))
+
+
+@pytest.mark.parametrize("image", SMALL)
+def test_the_circulant_matrix_is_the_convolution(image: tuple[int, int]) -> None:
+    """The helper other tests rest on."""
+    K, x = torch.randn(2, 3, *image), torch.randn(4, 3, *image)
+    torch.testing.assert_close((x.flatten(1) @ circulant(K).T).reshape(4, 2, *image), correlate(x, K))
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_half_spectrum_weights(image: tuple[int, int]) -> None:
+    h, w = image
+    grid, x, K = Grid(image), torch.randn(4, 3, *image), torch.randn(2, 3, *image)
+    X = grid.coordinates(x)
+    expected = [(1.0 if m == 0 or 2 * m == w else 2.0) / (h * w) for _ in range(h) for m in range(w // 2 + 1)]
+    np.testing.assert_allclose(grid.weights(X).numpy(), expected, rtol=1e-15)
+    assert grid.weights(X.to(torch.complex64)).dtype == torch.float32
+    torch.testing.assert_close(grid.norm(X), x.flatten(1).norm(dim=1))
+    torch.testing.assert_close(grid.channel_norms(X), x.flatten(2).norm(dim=2))
+    # ‖dense K‖_F² = hw Σ_s K[s]² = hw Σ_ω weight ‖K̂‖_F².
+    spectrum = grid.matrices(K).abs().square().sum((1, 2))
+    assert float(grid.weights(spectrum) @ spectrum) == pytest.approx(float(K.square().sum()), rel=1e-13)
+
+
+def test_weights_follow_the_precision_not_the_last_use() -> None:
+    grid = Grid((3, 4))
+    single, double = grid.weights(torch.zeros(1).float()), grid.weights(torch.zeros(1))
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    assert float(double[0]) == 1.0 / 12.0
+
+
+@pytest.mark.parametrize("image", SMALL)
+def test_spectral_norm_over_frequencies_is_that_of_the_circulant_matrix(image: tuple[int, int]) -> None:
+    K = torch.randn(2, 3, *image)
+    exact = float(np.linalg.norm(circulant(K).numpy(), 2))
+    assert exact * (1.0 - 1e-14) <= float(lc.spectral_norm(Grid(image).matrices(K))) <= exact * (1.0 + 1e-13)
+
+
+@pytest.mark.parametrize("image", SMALL)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_principal_root_of_a_convolution_is_a_real_convolution(image: tuple[int, int], rank: int) -> None:
+    grid, K = Grid(image), torch.randn(rank, 3, *image)
+    M = grid.matrices(K)
+    H = M.mH @ M
+    V = grid.kernels(lc.psd_sqrt(H, "H"))
+    dense = circulant(K)
+    size = float((dense.T @ dense).abs().max())
+    torch.testing.assert_close(circulant(V).T @ circulant(V), dense.T @ dense, rtol=0.0, atol=1e-13 * size)
+    values = np.linalg.eigvalsh((dense.T @ dense).numpy())
+    assert least_eigenvalue(H) == pytest.approx(values[0], abs=1e-13 * size)
+    rows = torch.randn(5, 3, *image)
+    R = grid.kernels(triangular_factor(grid.matrices(rows)))
+    dense = circulant(rows)
+    torch.testing.assert_close(circulant(R).T @ circulant(R), dense.T @ dense, rtol=0.0, atol=1e-13 * 5 * 20)
+
+
+KERNELS = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (1, 4), (5, 2)]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_conv2d_same(kernel: tuple[int, int], image: tuple[int, int]) -> None:
+    """Direct sums, torch's own layer, the folded kernel and the frequencies: no symmetry in weight or image."""
+    (h, w), (kh, kw) = image, kernel
+    weight, bias, x = torch.randn(2, 3, *kernel), torch.randn(2), torch.randn(4, 3, h, w)
+    origin = ((kh - 1) // 2, (kw - 1) // 2)
+    expected = correlate(x, weight, origin)
+    tolerance = {"rtol": 0.0, "atol": 1e-12}
+    torch.testing.assert_close(lc.conv2d_same(x, weight), expected, **tolerance)
+    torch.testing.assert_close(lc.conv2d_same(x, weight, bias), expected + bias[:, None, None], **tolerance)
+    folded = torch.zeros(2, 3, h, w)
+    for a, b in np.ndindex(kh, kw):
+        folded[:, :, (a - origin[0]) % h, (b - origin[1]) % w] += weight[:, :, a, b]
+    torch.testing.assert_close(fold(weight, image), folded, **tolerance)
+    grid = Grid(image)
+    in_frequencies = grid.values(grid.apply(grid.convolution(weight), grid.coordinates(x)))
+    torch.testing.assert_close(in_frequencies, expected, rtol=0.0, atol=1e-11)
+    for mode in ("zeros", "circular"):
+        if mode == "circular" and (kh // 2 > h or kw // 2 > w):
+            continue  # torch pads once around at most
+        layer = nn.Conv2d(3, 2, kernel, padding="same", padding_mode=mode)
+        layer.weight.data, layer.bias = weight, nn.Parameter(bias)
+        found = lc.conv2d_same(x, weight, bias, padding_mode=mode)
+        torch.testing.assert_close(found, layer(x).detach(), **tolerance)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    image=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    origin=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    seed=st.integers(0, 10**6),
+)
+def test_conv2d_same_with_any_origin(
+    image: tuple[int, int], kernel: tuple[int, int], origin: tuple[int, int], seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    origin = (min(origin[0], kernel[0] - 1), min(origin[1], kernel[1] - 1))
+    weight = torch.randn(2, 2, *kernel, generator=g, dtype=torch.float64)
+    x = torch.randn(3, 2, *image, generator=g, dtype=torch.float64)
+    expected = correlate(x, weight, origin)
+    torch.testing.assert_close(lc.conv2d_same(x, weight, origin=origin), expected, rtol=0.0, atol=1e-12)
+    grid = Grid(image)
+    found = grid.values(grid.apply(grid.convolution(weight, origin), grid.coordinates(x)))
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    coarse=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    kernel=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    stride=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+def test_a_strided_convolution_in_its_polyphase_form(
+    coarse: tuple[int, int], kernel: tuple[int, int], stride: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(3, 2, *kernel, generator=g).double(), torch.randn(3, generator=g).double()
+    x = torch.randn(2, 2, stride * coarse[0], stride * coarse[1], generator=g).double()
+    origin = ((kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
+    expected = correlate(x, weight, origin)[:, :, ::stride, ::stride] + bias[:, None, None]
+    torch.testing.assert_close(lc.conv2d_same(x, weight, bias, stride), expected, rtol=0.0, atol=1e-12)
+    phases = functional.pixel_unshuffle(x, stride)
+    polyphase, place = lc.strided_weight(weight, stride)
+    assert polyphase.shape[:2] == (3, 2 * stride**2)
+    found = lc.conv2d_same(phases, polyphase, bias, 1, place)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", ["circular", "zeros"])
+def test_conv2d_adjoint(kernel: tuple[int, int], image: tuple[int, int], mode: str) -> None:
+    """⟨y, Kx⟩ = ⟨K′y, x⟩, and K′ is what autograd makes of K."""
+    weight, x, y = torch.randn(2, 3, *kernel), torch.randn(4, 3, *image), torch.randn(4, 2, *image)
+    x.requires_grad_(True)
+    Kx = lc.conv2d_same(x, weight, padding_mode=mode)
+    adjoint = lc.conv2d_adjoint(y, weight, mode)
+    left, right = (y * Kx).sum((1, 2, 3)), (adjoint * x).sum((1, 2, 3))
+    torch.testing.assert_close(left, right, rtol=0.0, atol=1e-10)
+    torch.testing.assert_close(adjoint, torch.autograd.grad((y * Kx).sum(), x)[0], rtol=0.0, atol=1e-12)
+    if mode == "circular":
+        grid = Grid(image)
+        by_frequency = grid.values(grid.apply(grid.convolution(weight).mH, grid.coordinates(y)))
+        torch.testing.assert_close(by_frequency, adjoint.detach(), rtol=0.0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((2, 4, 4, 4), 1), ((3, 4, 4), 1), ((2, 3, 4, 5), 2), ((2, 3, 5, 4), 2), ((2, 3, 4, 4), 3)]
+)
+def test_inputs_a_convolution_does_not_take(shape: tuple[int, ...], stride: int) -> None:
+    with pytest.raises(ShapeError) as caught:
+        lc.conv2d_same(torch.zeros(shape), torch.zeros(2, 3, 3, 3), stride=stride)
+    assert caught.value.actual == shape
+
+
+@pytest.mark.parametrize("image", [(1, 1), (2, 3), (3, 2), (3, 4)])
+def test_everything_on_a_grid_is_differentiable(image: tuple[int, int]) -> None:
+    """By finite differences in real images and kernels: what a parameter sees."""
+    grid = Grid(image)
+    x, K, b = (torch.randn(s).requires_grad_() for s in ((2, 2, *image), (3, 2, *image), (3,)))
+    weight, u = torch.randn(3, 2, 3, 2).requires_grad_(), torch.randn(2, 3, *image)
+
+    def affine(x: Tensor, K: Tensor, b: Tensor) -> Tensor:
+        return grid.values(grid.affine(grid.matrices(K), grid.coordinates(x), b))
+
+    def onto(x: Tensor, weight: Tensor) -> Tensor:
+        return grid.values(grid.apply_onto(grid.coordinates(u), grid.convolution(weight), grid.coordinates(x)))
+
+    def norms(x: Tensor, K: Tensor) -> Tensor:
+        return grid.norm(grid.apply(grid.matrices(K), grid.coordinates(x)))
+
+    def squared(K: Tensor) -> Tensor:
+        return grid.kernels(gram(grid.matrices(K), 0.5 * grid.matrices(K[:2])))
+
+    for function, inputs in ((affine, (x, K, b)), (onto, (x, weight)), (norms, (x, K)), (squared, (K,))):
+        assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_gram_and_its_derivative(batch: tuple[int, ...], dtype: torch.dtype) -> None:
+    rows = [torch.randn(*batch, r, 3, dtype=dtype).requires_grad_() for r in (2, 0, 5)]
+    expected = sum(np.swapaxes(R.detach().numpy().conj(), -1, -2) @ R.detach().numpy() for R in rows)
+    np.testing.assert_allclose(gram(*rows).detach().numpy(), expected, atol=1e-14)
+    assert torch.autograd.gradcheck(gram, (rows[0], rows[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_add_product(batch: tuple[int, ...], dtype: torch.dtype) -> None:
+    M, A, B = (torch.randn(*batch, *s, dtype=dtype) for s in ((3, 5), (3, 2), (2, 5)))
+    expected = -2.0 * M.numpy() + 0.5 * A.numpy() @ B.numpy()
+    result = add_product(M, A, B, 0.5, -2.0)
+    assert result is M
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_add_product_over_nothing_adds_nothing(batch: tuple[int, ...]) -> None:
+    M = torch.randn(*batch, 3, 5)
+    expected = -2.0 * M
+    assert torch.equal(add_product(M, torch.zeros(*batch, 3, 0), torch.zeros(*batch, 0, 5), beta=-2.0), expected)

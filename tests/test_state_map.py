@@ -1,4 +1,4 @@
-"""StateMap and triangular_blocks against dense numpy."""
+"""StateMap and triangular_blocks against dense numpy; on a grid against circulant matrices built index by index."""
 
 from itertools import product
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lipconvert import InvalidParameterError, ShapeError, StateMap
+from lipconvert import Grid, InvalidParameterError, ShapeError, StateMap
 from lipconvert.state_map import triangular_blocks
 
 
@@ -121,13 +121,13 @@ def test_apply_rows_and_strict_part(name, adjoint):
     blocks = CASES[name][0]
     if adjoint:
         W, map = W.mT, map.adjoint
-    z = torch.randn(5, 9)
+    z, u = torch.randn(5, 9), torch.randn(5, 9)
     dense = z.numpy() @ W.numpy().T
     # Nine terms of size 10: round-off is below 1e-13.
     np.testing.assert_allclose(map.apply(z).numpy(), dense, atol=1e-13)
     covered = torch.zeros(9)
     for block in map.order:
-        np.testing.assert_allclose(map.rows(block, z).numpy(), dense[:, block], atol=1e-13)
+        np.testing.assert_allclose(map.rows(block, z, u).numpy(), (dense + u.numpy())[:, block], atol=1e-13)
         covered[block] += 1
     assert bool((covered == 1).all())
 
@@ -251,3 +251,248 @@ def test_newton_step_is_the_solve_of_each_sample():
     found = StateMap(torch.from_numpy(W)).newton_step(torch.from_numpy(D), torch.from_numpy(r)).numpy()
     for slopes, residual, step in zip(D, r, found, strict=True):
         np.testing.assert_allclose(step, np.linalg.solve(np.eye(5) - np.diag(slopes) @ W, residual), rtol=1e-10)
+
+
+# ---- on a grid ------------------------------------------------------------------------------------------------------
+
+IMAGES = [(1, 1), (1, 3), (2, 2), (3, 4), (4, 3)]
+C = 5  # channels
+
+
+def circulant(K: Tensor) -> Tensor:
+    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
+    q, p, h, w = K.shape
+    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
+    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
+    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
+
+
+def matrices(K: Tensor) -> Tensor:
+    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
+    h, w = K.shape[2:]
+    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
+    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
+    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
+
+
+def conv_case(name: str, image: tuple[int, int]) -> tuple[Tensor, StateMap]:
+    """Kernels of W, strictly lower triangular in the channels but for noise, and the map."""
+    blocks, noise = {
+        "triangular": ((2, 1, 2), 0.0),
+        "round-off above the diagonal": ((2, 1, 2), 1e-16),
+        "perturbed": ((2, 1, 2), 1e-2),
+        "general": ((5,), 1.0),
+    }[name]
+    g = torch.Generator().manual_seed(3)
+    index = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks))
+    K = torch.randn(C, C, *image, generator=g) * (index[:, None] > index[None, :])[:, :, None, None]
+    if len(blocks) > 2:
+        K[-2:, :2] = 0.0  # a chain: the last block does not read the first
+    K = (K + noise * torch.randn(C, C, *image, generator=g)) / (image[0] * image[1]) ** 0.5
+    return K, StateMap(matrices(K), blocks, torch.rand(C, generator=g) + 0.3, grid=Grid(image))
+
+
+CONV_CASES = ["triangular", "round-off above the diagonal", "perturbed", "general"]
+
+
+def dense_strict_part(map: StateMap) -> Tensor:
+    """T on flattened images, column by column, from what rows_below applies to unit images."""
+    image, size = map.grid.image, C * map.grid.pixels
+    X = map.grid.coordinates(torch.eye(size).reshape(size, C, *image))
+    T = torch.zeros_like(X)
+    for block in map.order:
+        T[:, block] = map.rows_below(block, X, torch.zeros_like(X))
+    return map.grid.values(T).flatten(1).mT
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("name", CONV_CASES)
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_everything_a_solver_asks_of_a_convolution(name, image, adjoint):
+    K, map = conv_case(name, image)
+    W, blocks, grid, pixels = circulant(K), map.blocks, map.grid, image[0] * image[1]
+    if adjoint:
+        W, map = W.mT, map.adjoint
+    z, u = torch.randn(5, C, *image), torch.randn(5, C, *image)
+    Z, dense = grid.coordinates(z), (z.flatten(1) @ W.mT).reshape(5, C, *image)
+    np.testing.assert_allclose(grid.values(map.apply(Z)).numpy(), dense.numpy(), atol=1e-13)
+    np.testing.assert_allclose(map.norm(Z).numpy(), z.flatten(1).norm(dim=1).numpy(), rtol=1e-13)
+    covered = torch.zeros(C)
+    for block in map.order:
+        rows = grid.values(map.rows(block, Z, grid.coordinates(u)))
+        np.testing.assert_allclose(rows.numpy(), (dense + u)[:, block].numpy(), atol=1e-13)
+        covered[block] += 1
+    assert bool((covered == 1).all())
+    v = torch.randn(5, C * pixels)
+    for alpha in (0.1, 1.0, 7.0):
+        A = (1.0 + alpha) * np.eye(C * pixels) - alpha * W.numpy()
+        solved = grid.values(map.resolvent(grid.coordinates(v.reshape(5, C, *image)), alpha)).flatten(1)
+        np.testing.assert_allclose(solved.numpy(), np.linalg.solve(A, v.numpy().T).T, rtol=1e-10, atol=1e-10)
+
+    T = dense_strict_part(map)
+    index = np.repeat(np.arange(len(blocks)), np.array(blocks) * pixels)
+    below = index[:, None] < index[None, :] if adjoint else index[:, None] > index[None, :]
+    assert np.abs(T.numpy()[~below]).max(initial=0.0) <= 1e-15
+    left_out = np.where(below, (W - T).numpy(), 0.0)
+    assert np.abs(left_out).max(initial=0.0) <= 1e-14 * float(W.abs().max())
+    exact = np.linalg.norm(np.where(below, 0.0, W.numpy()), 2)
+    # ‖E‖_F of the worst frequency is at most √5 times its 2-norm; windows leave round-off of W out.
+    assert exact * (1.0 - 1e-12) <= map.remainder <= 2.3 * exact + 1e-14
+    if name == "triangular":
+        assert map.remainder == 0.0
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("name", CONV_CASES)
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_monotonicity_of_a_convolution_is_that_of_its_dense_form(name, image, adjoint):
+    K, map = conv_case(name, image)
+    W = circulant(K)
+    if adjoint:
+        W, map = W.mT, map.adjoint
+    assert map.Lambda is not None
+    n = len(W)
+    Lambda = np.diag(map.Lambda.repeat_interleave(image[0] * image[1]).numpy())
+    A = np.eye(n) - W.numpy()
+    mu = scipy.linalg.eigh(Lambda @ A + A.T @ Lambda, 2.0 * Lambda, eigvals_only=True)[0]
+    ell = scipy.linalg.eigh(A.T @ Lambda @ A, Lambda, eigvals_only=True)[-1] ** 0.5
+    np.testing.assert_allclose(map.monotonicity, (mu, ell), rtol=1e-11, atol=1e-12)
+
+
+def test_shapes_on_a_grid_are_named():
+    W = torch.zeros(9, 2, 2, dtype=torch.complex128)
+    assert StateMap(W, grid=Grid((3, 4))).blocks == (2,)
+    for grid in (Grid(), Grid((3, 3)), Grid((4, 3)), Grid((2, 2))):
+        with pytest.raises(ShapeError):
+            StateMap(W, grid=grid)
+    with pytest.raises(ShapeError):
+        StateMap(torch.zeros(2, 2), grid=Grid((1, 1)))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-4, 1.0])
+def test_remainder_of_what_lives_at_one_frequency(size):
+    """A constant kernel acts on the mean only: all of the remainder is at frequency 0."""
+    K = (torch.randn(C, C) * torch.ones(C, C).triu())[:, :, None, None].expand(C, C, 3, 4) * size
+    map = StateMap(matrices(K), (1,) * C, grid=Grid((3, 4)))
+    exact = np.linalg.norm(circulant(K).numpy(), 2)
+    assert exact * (1.0 - 1e-12) <= map.remainder <= 2.3 * exact
+
+
+def test_blocks_are_found_in_the_frequencies():
+    K = torch.zeros(4, 4, 3, 3)
+    K[1, 0, 2, 1] = K[3, 2, 0, 2] = 1.0
+    assert StateMap(matrices(K), grid=Grid((3, 3))).blocks == (1, 2, 1)
+    K[2, 3, 1, 1] = 1.0
+    assert StateMap(matrices(K), grid=Grid((3, 3))).blocks == (4,)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_comparison_bounds_every_channel_of_a_convolution(image):
+    """|W| is the largest over the frequencies, |z| the norm of a channel: checked on pixels, against an exact equilibrium."""
+    pixels = image[0] * image[1]
+    g = torch.Generator().manual_seed(5)
+    # With few channels the norms over the frequencies are small enough for the radius of |W| to be below one.
+    for K in (conv_case("triangular", image)[0], 0.15 * torch.randn(C, C, *image, generator=g) / pixels):
+        W, map = circulant(K), StateMap(matrices(K), grid=Grid(image))
+        size = torch.stack([torch.linalg.matrix_norm(circulant(K[i : i + 1, j : j + 1]), 2)
+                            for i in range(C) for j in range(C)]).reshape(C, C)  # fmt: skip
+        N = map.comparison
+        assert N is not None
+        np.testing.assert_allclose((N @ (torch.eye(C) - size)).numpy(), np.eye(C), atol=1e-10)
+        u, exact = torch.randn(6, C * pixels, generator=g), torch.zeros(6, C * pixels)
+        for _ in range(300):
+            exact = torch.tanh(exact @ W.mT + u)
+        z = exact + torch.randn(6, C * pixels, generator=g)
+        s = torch.tanh(z @ W.mT + u)
+
+        def channels(v):
+            return v.reshape(len(v), C, pixels).norm(dim=2)
+
+        assert bool((channels(s - exact) <= channels(z - s) @ size.mT @ N.mT + 1e-12).all())
+
+
+def test_comparison_of_a_convolution_whose_sum_of_frequencies_is_too_large_is_none():
+    K = torch.zeros(1, 1, 2, 2)
+    K[0, 0, 0, 1] = -1.0  # |K̂| = 1 at every frequency
+    assert StateMap(matrices(K), grid=Grid((2, 2))).comparison is None
+    assert StateMap(0.99 * matrices(K), grid=Grid((2, 2))).comparison is not None
+
+
+def newton(W: np.ndarray, u: np.ndarray, relu: bool) -> np.ndarray:
+    """z = σ(Wz + u) of one sample by Newton's method along τW, τ = 0..1 (I − τW stays monotone)."""
+    z = np.zeros_like(u)
+    for tau in np.linspace(0.0, 1.0, 11):
+        for _ in range(60):
+            v = tau * W @ z + u
+            value, slope = (np.maximum(v, 0.0), (v > 0) * 1.0) if relu else (np.tanh(v), 1.0 - np.tanh(v) ** 2)
+            if np.linalg.norm(z - value) <= 1e-14 * (1.0 + np.linalg.norm(z)):
+                break
+            z = z - np.linalg.solve(np.eye(len(z)) - slope[:, None] * tau * W, z - value)
+    assert np.linalg.norm(z - value) <= 1e-13 * (1.0 + np.linalg.norm(z)), "the reference did not converge"
+    return z
+
+
+def bounded_case(kind: str, image: tuple[int, int], g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernels of W and G, and Λ: I − W with margin 0.4 in the metric Λ, or strictly triangular, or neither."""
+    Lambda = torch.rand(C, generator=g) + 0.4
+    K, G = torch.randn(C, C, *image, generator=g), torch.randn(3, C, *image, generator=g)
+    if kind == "triangular":
+        K = K * torch.ones(C, C).tril(-1)[:, :, None, None]
+    if kind == "monotone":
+        root = Lambda.sqrt().repeat_interleave(image[0] * image[1])
+        gauged = root[:, None] * circulant(K) / root
+        K[range(C), range(C), 0, 0] -= float(np.linalg.eigvalsh((gauged + gauged.T).numpy() / 2)[-1]) - 0.6
+    return (3.0 if kind == "neither" else 1.0) * K, G, Lambda
+
+
+@pytest.mark.parametrize("image", [(), *IMAGES])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("kind", ["monotone", "triangular"])
+def test_error_bound_bounds_the_output(image, kind, relu):
+    """‖G(s − z*)‖ for z at all distances, z* by Newton on flattened images; each of the bounds by itself."""
+    g = torch.Generator().manual_seed(7)
+    K, G, Lambda = bounded_case(kind, image or (1, 1), g)
+    W, flat_G, grid = circulant(K), circulant(G), Grid(image)
+    on_grid = (matrices(K), matrices(G)) if image else (K[:, :, 0, 0], G[:, :, 0, 0])
+    # H(Λ, L) ⪰ 0 with U = 0 needs L ≥ ‖GP^{-1/2}‖²/2μ.
+    L = float(np.linalg.norm((flat_G * Lambda.rsqrt().repeat_interleave(grid.pixels)).numpy(), 2)) ** 2 / 0.8
+    bound = StateMap(on_grid[0], Lambda=Lambda, grid=grid).error_bound(on_grid[1], L)
+    assert bool(bound)
+    assert (bound.comparison is not None) == (kind == "triangular")
+    u = torch.randn(14, len(W), generator=g)
+    exact = torch.from_numpy(np.stack([newton(W.numpy(), row, relu) for row in u.numpy()]))
+    z = exact + torch.randn(14, len(W), generator=g) * torch.logspace(-6, 1, 14)[:, None]
+    s = (z @ W.mT + u).relu() if relu else (z @ W.mT + u).tanh()
+    actual = ((s - exact) @ flat_G.mT).norm(dim=1)
+    d = grid.coordinates(((z - s) @ W.mT).reshape(14, C, *image))
+    whole = bound(d)
+    parts = [type(bound)((metric,), None, grid)(d) for metric in bound.metrics]
+    if bound.comparison is not None:
+        parts.append(type(bound)((), bound.comparison, grid)(d))
+    for claimed in (whole, *parts):
+        assert claimed.dtype == torch.float64
+        assert bool((actual <= claimed * (1.0 + 1e-10) + 1e-10).all())
+    assert torch.equal(whole, torch.stack(parts).amin(0))
+    single = bound(d.to(torch.complex64 if image else torch.float32))
+    np.testing.assert_allclose(single.numpy(), whole.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kx", [0, 1, 2])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_error_bound_is_attained(kx, sign):
+    """One channel, σ the identity, W and G largest at the frequency of the error: every bound is the error itself."""
+    grid, W, G = Grid((3, 4)), torch.full((9, 1, 1), 0.1 + 0j), torch.full((9, 1, 1), 0.5 + 0j)
+    W[kx], G[kx] = 0.6, 2.0 * sign
+    error = torch.cos(torch.pi * kx * torch.arange(4) / 2).expand(1, 1, 3, 4)  # z − z*; s − z* = 0.6 of it
+    d = grid.coordinates(0.6 * 0.4 * error)
+    bound = StateMap(W, Lambda=torch.tensor([2.0]), grid=grid).error_bound(G, 2.0**2 / (2.0 * 2.0 * 0.4))
+    actual = 2.0 * 0.6 * float(error.square().sum()) ** 0.5
+    assert bound.comparison is not None
+    for part in (bound, type(bound)(bound.metrics, None, grid), type(bound)((), bound.comparison, grid)):
+        assert float(part(d)) == pytest.approx(actual, rel=1e-12)
+
+
+@pytest.mark.parametrize("image", [(1, 3), (3, 4)])
+def test_there_is_no_error_bound_without_a_margin(image):
+    K, G, Lambda = bounded_case("neither", image, torch.Generator().manual_seed(7))
+    assert not StateMap(matrices(K), Lambda=Lambda, grid=Grid(image)).error_bound(matrices(G), 1.0)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from lipconvert_plugins.aol import AOLLinear
 from lipconvert_plugins.cpl import CPLLinear
-from lipconvert_plugins.sll import SLLLinear, SLLNetwork
+from lipconvert_plugins.sandwich import SandwichLinear
+from lipconvert_plugins.sll import SLLConv2d, SLLLinear, SLLNetwork
 from torch import nn
 
 import lipconvert as lc
@@ -41,6 +42,28 @@ def test_neighbours_of_one_plugin_become_one_stage():
     same(model, net, torch.randn(7, 4))
 
 
+def test_activations_on_images_join_the_layer_beside_them_and_stay_glue_alone():
+    layer = SLLConv2d(2)
+    for parts, kinds in (
+        ([layer, nn.ReLU()], [lc.LBEN]),
+        ([nn.ReLU(), layer], [lc.LBEN]),
+        ([layer, nn.Tanh(), layer], [lc.LBEN]),
+        ([nn.ReLU(), lc.MeanPool(2), layer], [nn.ReLU, lc.MeanPool, lc.LBEN]),
+        ([lc.MeanPool(2), nn.Tanh(), lc.MaxMin(), nn.Flatten()], [lc.MeanPool, nn.Tanh, lc.MaxMin, nn.Flatten]),
+        ([layer, nn.Flatten(), nn.ReLU(), SLLLinear(32)], [lc.LBEN, nn.Flatten, lc.LBEN]),
+    ):
+        model = nn.Sequential(*parts)
+        net = lc.convert(model, (2, 4, 4))
+        assert [type(step) for step in net.steps] == kinds
+        same(model, net, torch.randn(5, 2, 4, 4))
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), SandwichLinear(4, 3, activation=nn.ReLU())])
+def test_a_single_layer_with_H_zero(layer):
+    model = nn.Sequential(layer).double()
+    same(model, lc.convert(model, (4,)), torch.randn(5, 4))
+
+
 class Kinked(SLLLinear):
     """Another function far from the origin, where few random inputs fall."""
 
@@ -64,8 +87,8 @@ def test_a_forward_of_its_own_is_refused(layer):
 
 def test_a_constraint_of_its_own_is_taken():
     class Loose(SLLLinear):
-        def T(self):
-            return 2.0 * super().T()
+        def T(self, image=()):
+            return 2.0 * super().T(image)
 
     model = nn.Sequential(Loose(4), SLLLinear(4))
     same(model, lc.convert(model), torch.randn(5, 4))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lipconvert import InvalidParameterError, MeanPool, ShapeError, UnsupportedModuleError, required_option
@@ -23,12 +22,16 @@ def kernel_shape(kernel_size: int | tuple[int, int], padding_mode: str = "circul
     return int(kh), int(kw)
 
 
-def image_of(layer: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[int, int]:
-    """(h, w) of the images a layer is given; raises `ShapeError` where they are not known or not images."""
+def image_of(layer: nn.Module, input_shape: tuple[int, ...] | None, stride: int = 1) -> tuple[int, int]:
+    """(h, w) of the images a layer is given; raises `ShapeError` where they are not known, not images, or not multiples of
+    its stride."""
     if input_shape is None or len(input_shape) != 3:
         found = "unknown" if input_shape is None else input_shape
         raise ShapeError(f"the input of {type(layer).__name__}", "(c, h, w)", found, "Give input_shape=(c, h, w).")
-    return input_shape[1], input_shape[2]
+    h, w = input_shape[1:]
+    if h % stride or w % stride:
+        raise ShapeError(f"the input of {type(layer).__name__}", f"(c, h, w), multiples of {stride}", input_shape)
+    return h, w
 
 
 def require_circular(layer: nn.Module, padding_mode: str, dense: bool) -> None:
@@ -40,12 +43,6 @@ def require_circular(layer: nn.Module, padding_mode: str, dense: bool) -> None:
             f'its padding_mode is "{padding_mode}". Only circular padding turns into one small matrix for each frequency. '
             "Train with circular padding, or, for small images, convert(model, dense=True) on flattened images.",
         )
-
-
-def dense_operator(function: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]) -> Tensor:
-    """The matrix of a linear map of images on flattened ones, read off its values at the units."""
-    units = torch.eye(torch.Size(input_shape).numel(), dtype=torch.float64)
-    return function(units.reshape(-1, *input_shape)).flatten(1).mT.contiguous()
 
 
 class Front:

@@ -20,6 +20,7 @@ from lipconvert import (
     activation_of,
     conv2d_adjoint,
     conv2d_same,
+    dense_operator,
     psd_sqrt,
     required_option,
     spectral_norm,
@@ -27,7 +28,6 @@ from lipconvert import (
 
 from ._convolution import (
     Front,
-    dense_operator,
     front_arguments,
     image_of,
     kernel_shape,

@@ -20,6 +20,7 @@ from lipconvert import (
     affine,
     computes_as,
     conv2d_same,
+    dense_operator,
     hookimpl,
     required_option,
     strided_weight,
@@ -27,7 +28,6 @@ from lipconvert import (
 
 from ._convolution import (
     Front,
-    dense_operator,
     front_arguments,
     image_of,
     kernel_shape,
@@ -178,7 +178,7 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool) -
         return affine(model.P(), model.bias, lipschitz=1.0)
     if not computes_as(model, AOLConv2d):
         return None
-    h, w = image_of(model, input_shape)
+    h, w = image_of(model, input_shape, model.stride)
     require_circular(model, model.padding_mode, dense)
     coarse = (h // model.stride, w // model.stride)
     if model.padding_mode == "zeros":

@@ -204,7 +204,7 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None) -> DAE | None:
             return affine(model.scale * B, model.bias, lipschitz=model.scale)
         activation = activation_of(model.activation)
     elif computes_as(model, SandwichConv2d):
-        h, w = image_of(model, input_shape)
+        h, w = image_of(model, input_shape, model.stride)
         grid = Grid((h // model.stride, w // model.stride))
         A, B = model.AB((h // model.stride, w // model.stride))
         activation = activation_of(model.activation)
