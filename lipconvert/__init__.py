@@ -42,7 +42,16 @@ from .lben import LBEN
 from .network import Network
 from .registry import Plugin, Registry, plugins, registry, required_option
 from .schema import RobustnessReport, ValidationReport
-from .spectrum import Grid, conv2d_adjoint, conv2d_same, linear_solve, psd_sqrt, spectral_norm, strided_weight
+from .spectrum import (
+    Grid,
+    conv2d_adjoint,
+    conv2d_same,
+    linear_solve,
+    psd_factor,
+    psd_sqrt,
+    spectral_norm,
+    strided_weight,
+)
 from .state_map import StateMap
 from .trace import computes_as
 from .validate import validate
@@ -112,6 +121,7 @@ __all__ = [
     "load",
     "max_min",
     "plugins",
+    "psd_factor",
     "psd_sqrt",
     "read_weights",
     "registry",

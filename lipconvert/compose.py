@@ -51,9 +51,10 @@ def affine(
 def elementwise(activation: Activation | str, size: int, name: str = "activation", grid: Grid = DENSE) -> DAE:
     """y = σ(x), x of ``size`` coordinates, or channels on a grid: W = 0, U = G = Λ = I, L = 1; H = 0."""
     eye = _identity(grid, size)
-    sigma = Activations(activation, size)
-    V = eye[..., :0, :]
-    return DAE(torch.zeros_like(eye), eye, eye, torch.ones(size), activations=sigma, V=V, name=name, grid=grid)
+    ones = torch.ones(size, dtype=torch.float64)
+    sigma, V = Activations(activation, size), eye[..., :0, :]
+    zero = torch.zeros_like(eye[:1] if grid else eye).expand_as(eye)
+    return DAE.own(W=zero, U=eye, G=eye, Lambda=ones, activations=sigma, V=V, name=name, grid=grid)
 
 
 def max_min(size: int, name: str = "maxmin", grid: Grid = DENSE) -> DAE:
@@ -65,17 +66,21 @@ def max_min(size: int, name: str = "maxmin", grid: Grid = DENSE) -> DAE:
     """
     if size % 2:
         raise ShapeError(f"the input of {name!r}", "an even number of channels", size)
-    half = size // 2
-    eye, one = _identity(grid, size), _identity(grid, half)
-    w = torch.cat([-one, one], dim=-2)
-    lower = torch.cat([w.mH, one.new_zeros(*grid.batch, half, half)], dim=-1)
-    return DAE(
-        W=torch.cat([lower.new_zeros(*grid.batch, size, size + half), lower], dim=-2),
-        U=torch.cat([eye, eye.new_zeros(*grid.batch, half, size)], dim=-2),
-        G=torch.cat([eye, -w], dim=-1),
-        Lambda=torch.ones(size + half, dtype=torch.float64),
+    half, states = size // 2, size + size // 2
+    eye = torch.eye(size, dtype=torch.complex128 if grid else torch.float64)
+    w = torch.cat([-eye[:half, :half], eye[:half, :half]])
+    lower = torch.cat([w.mT, eye.new_zeros(half, half)], dim=1)
+
+    def everywhere(M: Tensor) -> Tensor:
+        return M.expand(*grid.batch, *M.shape)
+
+    return DAE.own(
+        W=everywhere(torch.cat([eye.new_zeros(size, states), lower])),
+        U=everywhere(torch.cat([eye, eye.new_zeros(half, size)])),
+        G=everywhere(torch.cat([eye, -w], dim=1)),
+        Lambda=torch.ones(states, dtype=torch.float64),
         activations=Activations("identity", size) + Activations("relu", half),
-        V=lower[..., :0, :],
+        V=everywhere(lower[:0]),
         blocks=(size, half),
         name=name,
         grid=grid,

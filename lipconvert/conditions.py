@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
-from .spectrum import add_product, least_eigenvalue, roundoff
+from .spectrum import add_gram, least_eigenvalue, roundoff
 from .state_map import StateMap, falling_weights
 
 
@@ -34,8 +34,8 @@ def H_matrix(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = N
     Lambda = dae.Lambda if Lambda is None else Lambda
     L = dae.lipschitz if lipschitz is None else lipschitz
     LU = Lambda.unsqueeze(-1) * dae.U
-    H = add_product(X_matrix(dae, Lambda), dae.G.mH, dae.G, alpha=-1.0 / L)
-    return add_product(H, LU, LU.mH, alpha=-1.0 / L)
+    H = add_gram(X_matrix(dae, Lambda), dae.G, -1.0 / L)
+    return add_gram(H, LU.mH, -1.0 / L)
 
 
 def unit_gauge(M: Tensor, Lambda: Tensor) -> Tensor:

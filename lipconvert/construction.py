@@ -18,7 +18,7 @@ from torch import Tensor
 from .conditions import H_matrix, H_scale, strict_multiplier, unit_gauge
 from .dae import DAE
 from .errors import InvalidParameterError, NotPSDError
-from .spectrum import add_product, gram, least_eigenvalue, psd_sqrt, roundoff, triangular_factor
+from .spectrum import add_gram, gram, least_eigenvalue, psd_sqrt, roundoff, triangular_factor
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
     if closed_form:
         assert dae.V is not None
         V = triangular_factor(dae.V) if dae.V.shape[-2] > dae.states else dae.V
-        excess = add_product(H, V.mH, V, alpha=2.0, beta=-1.0)  # 2V'V - H; H is not needed any more
+        excess = add_gram(H, V, -2.0)  # H - 2V'V; H itself is not needed any more
         error = float(torch.linalg.matrix_norm(unit_gauge(excess, Lambda)).amax()) if H.numel() else 0.0
         if error > tolerance:
             _require_psd(dae, least_eigenvalue(gauged), tolerance)

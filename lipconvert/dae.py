@@ -70,6 +70,15 @@ class DAE:
         new._admit(tuple(name for name in _TENSORS if name in changes), copy=False)
         return new
 
+    @classmethod
+    def own(cls, **values: Any) -> DAE:
+        """``DAE(**values)`` without copies of tensors in double precision: they are given away, and may be expanded views."""
+        new = object.__new__(cls)
+        for field in fields(cls):
+            object.__setattr__(new, field.name, values.get(field.name, field.default))
+        new._admit(_TENSORS, copy=False)
+        return new
+
     def _admit(self, names: tuple[str, ...], copy: bool) -> None:
         """Bring the named tensors to double precision and check everything."""
 

@@ -44,10 +44,9 @@ class Solution:
     """The states found and how it went, sample by sample.
 
     ``value`` (B, n), or (B, n, F) on a grid; ``residual`` (B,): ‖z − σ(Wz + u)‖₂ or an upper bound of it; ``scale`` (B,):
-    ‖z‖ + ‖u‖ + ‖Wz‖
-    (‖z‖ alone after forward substitution), which the tolerance refers to; ``steps`` (B,) iterations (1 for forward
-    substitution); ``status`` (B,) of `Status`; ``method``: the method that ran, ``"sweep, peaceman_rachford"`` when a
-    second one took over.
+    ‖z‖ + ‖u‖ + ‖Wz‖ (‖z‖ alone after forward substitution), which the tolerance refers to; ``steps`` (B,) iterations (1 for
+    forward substitution); ``status`` (B,) of `Status`; ``method``: the method that ran, ``"sweep, peaceman_rachford"`` when
+    a second one took over.
     """
 
     value: Tensor
@@ -139,13 +138,12 @@ def _dispatch(
 ) -> Solution:
     method = options.method
     solution: Solution | None = None
-    start = torch.zeros_like(u)
     if method == "forward_substitution" or (method == "auto" and map.remainder <= tolerance):
         z = forward_substitution(map, sigma, u, u if consume else None)
         size = map.norm(z)
         return _report(z, map.remainder * size, size, torch.ones_like(size).long(), tolerance, "forward_substitution")
-    if method in ("auto", "sweep") and map.remainder <= NEARLY_TRIANGULAR:
-        start = forward_substitution(map, sigma, u)
+    near = method in ("auto", "sweep") and map.remainder <= NEARLY_TRIANGULAR
+    start = forward_substitution(map, sigma, u) if near else torch.zeros_like(u)
     if method == "auto" and map.remainder <= 100.0 * tolerance:  # it may do, though the bound does not say so
         steps = torch.ones(len(u), dtype=torch.long, device=u.device)
         solution = _evaluated(map, sigma, u, start, steps, tolerance, "forward_substitution")
@@ -341,14 +339,14 @@ def _in_coordinates(grid: Grid, sigma: Elementwise) -> Elementwise:
 
 def one_step(map: StateMap, sigma: Activations, z: Tensor, u: Tensor) -> Tensor:
     """σ(Wz + u), in coordinates."""
-    return _in_coordinates(map.grid, sigma)(map.apply(z) + u)
+    return _in_coordinates(map.grid, sigma)(map.grid.apply_onto(u, map.W, z))
 
 
 class _Equilibrium(torch.autograd.Function):
     """z(W, u) with the implicit function theorem as its derivative.
 
     dz = (I − DW)⁻¹ D (dW z + du), D = σ′(Wz + u). For g = ∂ℓ/∂z the adjoint p = D(W′p + g) is an equilibrium of the same
-    form, monotone in the metric Λ⁻¹, solved by the same solver; ∂ℓ/∂u = p, ∂ℓ/∂W = Σ_b p_b z_b′. Only z is kept.
+    form, monotone in the metric Λ⁻¹, solved by the same solver; ∂ℓ/∂u = p, ∂ℓ/∂W = Σ_b p_b z_b′. Only z and u are kept.
 
     On a grid a derivative by coordinates is weight · rfft2 of the derivative by pixels (`Grid.weights`): g is divided by
     the weights before the solve, and p multiplied by them after it.
@@ -369,10 +367,15 @@ class _Equilibrium(torch.autograd.Function):
         (g,) = grad_outputs
         grid: Grid = ctx.map.grid
         with torch.no_grad():
-            v, sigma = ctx.map.apply(z) + u, _in_coordinates(grid, ctx.sigma)
+            v, sigma = grid.apply_onto(u, ctx.map.W, z), _in_coordinates(grid, ctx.sigma)
             slopes = sigma.slopes(v) if isinstance(sigma, _OnPixels) else _Slopes(sigma.slope(v))
-            weights = grid.weights(z)
-            p = solve(ctx.map.adjoint, slopes, g / weights, ctx.options, f"the adjoint of {ctx.where}").value * weights
+            del v
+            where = f"the adjoint of {ctx.where}"
+            if grid:
+                weights = grid.weights(z)
+                p = solve(ctx.map.adjoint, slopes, g / weights, ctx.options, where, consume=True).value.mul_(weights)
+            else:
+                p = solve(ctx.map.adjoint, slopes, g, ctx.options, where).value
             dW = grid.columns(p) @ grid.columns(z).mH if ctx.needs_input_grad[0] else None
         if torch.is_grad_enabled():  # create_graph=True: D and the adjoint depend on W and u, which is not followed
             p = _Final.apply(p, z, u, g)

@@ -229,7 +229,8 @@ class LBEN(nn.Module):
             *((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in tensors),
         )
         if self._inference is None or self._inference.key != key:
-            with torch.no_grad():
+            # Kept for later calls, which may differentiate: no inference tensors.
+            with torch.inference_mode(False), torch.no_grad():
                 W, U, G = (M.detach() for M in self.matrices())
                 map = StateMap(W, self.blocks, self.Psi.reciprocal(), grid=self.grid)
                 driven = (self.U != 0).flatten(1).any(1).nonzero().flatten()
@@ -262,13 +263,16 @@ class LBEN(nn.Module):
     def solve(self, x: Tensor, options: SolverOptions | None = None) -> Solution:
         """The states z of a batch x (B, p, ...), in coordinates, with status, residual and steps per sample; no gradient."""
         with torch.no_grad():
-            assembled = self._assembled()
-            u = self.drive(self._flat(x), assembled)
-            return solve(assembled.map, self.sigma, u, options or self.options, self._where, consume=True)
+            return self._solve(self._flat(x), self._assembled(), options)
 
-    def readout(self, z: Tensor) -> Tensor:
+    def _solve(self, x: Tensor, assembled: _Assembled, options: SolverOptions | None = None) -> Solution:
+        u = self.drive(x, assembled)
+        return solve(assembled.map, self.sigma, u, options or self.options, self._where, consume=True)
+
+    def readout(self, z: Tensor, assembled: _Assembled | None = None) -> Tensor:
         """y = Gz + b_y for states in coordinates, without gradient to G: (B, n) → (B, q), or (B, n, F) → (B, q, h, w)."""
-        return self.grid.values(self.grid.affine(self._assembled().G, z, self.b_y))
+        G = (assembled or self._assembled()).G
+        return self.grid.values(self.grid.affine(G, z, self.b_y))
 
     def output(self, x: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
         """y = Gs + b_y (B, q, ...) at s = σ(Wz + u), one evaluation after a solve of the batch x (B, p, ...), and a bound of
@@ -288,24 +292,30 @@ class LBEN(nn.Module):
                     "condition (3) has no margin with Λ = Ψ⁻¹ and |W| has spectral radius ≥ 1, so the error of an inexact "
                     "solve cannot be bounded. Convert with epsilon > 0 and delta > 0 for a strict start.",
                 )
-            return self.readout(s), assembled.bound(map.apply(z - s))
+            return self.readout(s, assembled), assembled.bound(map.apply(z - s))
 
     def forward(self, x: Tensor) -> Tensor:
         """y = Gz + b_y: (..., p) → (..., q), or (..., p, h, w) → (..., q, h, w)."""
         flat = self._flat(x)
         if not torch.is_grad_enabled():
-            y = self.readout(self.solve(flat).value)
+            assembled = self._assembled()
+            y = self.readout(self._solve(flat, assembled).value, assembled)
         else:
             if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
                 W, U, G = self.matrices()
                 map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid, kept=False)
             else:
-                map, U, G = self.state_map(), self.grid.matrices(self.U), self._assembled().G
+                assembled = self._assembled()
+                map, U, G = assembled.map, self.grid.matrices(self.U), assembled.G
                 W = map.W
             u = self.grid.affine(U, self.grid.coordinates(flat), self.b_z)
             z = equilibrium(W, u, self.sigma, map, self.options, self._where)
             y = self.grid.values(self.grid.affine(G, z, self.b_y))
         return y.reshape(*x.shape[: x.dim() - len(self.input_shape)], *y.shape[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file of the whole module takes along: not the assembled W."""
+        return {**self.__dict__, "_inference": None}
 
     def get_extra_state(self) -> dict[str, Any]:
         """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""
@@ -336,11 +346,13 @@ class LBEN(nn.Module):
 
 
 def _require_real_kernels(dae: DAE, W: Tensor, U: Tensor, G: Tensor) -> None:
-    """Whether real kernels have the spectra that a DAE states; V shows in W.
+    """Whether real kernels have the spectra that a DAE states; V shows in W, which is compared in the gauge Λ = I.
 
     Where a frequency is its own conjugate, a real kernel's spectrum is real; the transform to kernels drops what is not.
     """
-    for name, rebuilt, stated in (("W", W, dae.W), ("U", U, dae.U), ("G", G, dae.G)):
+    root = dae.Lambda.sqrt()
+    ours, theirs = (root.unsqueeze(-1) * M / root for M in (W, dae.W))
+    for name, rebuilt, stated in (("U", U, dae.U), ("G", G, dae.G), ("W", ours, theirs)):
         error = float(torch.linalg.matrix_norm(rebuilt - stated).amax())
         # far above what rebuilding W leaves (1e-12), far below a spectrum of complex kernels
         bound = 1e-9 * max(1.0, float(torch.linalg.matrix_norm(stated).amax()))

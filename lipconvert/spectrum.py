@@ -241,13 +241,13 @@ def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]
     return functional.pixel_unshuffle(padded, stride), (origin[0], origin[1])
 
 
-def add_product(M: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """βM + αAB written over M (..., rows, cols), which must be contiguous; returns it. One matrix less in memory."""
-    if 0 in A.shape:  # reshape cannot tell how many empty matrices there are
-        return M.mul_(beta)
-    M.view(-1, *M.shape[-2:]).baddbmm_(
-        A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), beta=beta, alpha=alpha
-    )
+def add_gram(M: Tensor, R: Tensor, alpha: float = 1.0) -> Tensor:
+    """M + αR′R written over M (..., n, n); returns it. ``R`` (..., r, n); zero columns at either end cost nothing."""
+    columns = (R != 0).reshape(-1, R.shape[-1]).any(0).nonzero().flatten()
+    if len(columns):
+        hull = slice(int(columns[0]), int(columns[-1]) + 1)
+        part = R[..., hull]
+        M[..., hull, hull].add_(part.mH @ part, alpha=alpha)
     return M
 
 
@@ -361,6 +361,17 @@ def psd_sqrt(H: Tensor, where: str, scale: float = 0.0) -> Tensor:
     if least < -tolerance:
         raise NotPSDError(where, least, tolerance)
     return (vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)) @ vectors.mH
+
+
+def psd_factor(H: Tensor, where: str, scale: float = 0.0) -> Tensor:
+    """Some F with F′F = H ⪰ 0, (..., n, n): the Cholesky factor where there is one, which is fast, else `psd_sqrt`.
+
+    Both keep the symmetry of a real convolution's spectrum. Raises `NotPSDError` as `psd_sqrt` does.
+    """
+    if 0 in H.shape:
+        return H
+    R, info = torch.linalg.cholesky_ex(hermitian(H), upper=True)
+    return R if not bool(info.any()) else psd_sqrt(H, where, scale)
 
 
 def triangular_factor(rows: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """z → Wz, and everything a solver, an adjoint or an error bound asks of it.
 
 Solvers never touch W itself: they apply it, apply its rows block by block, invert I + α(I − W), and take the adjoint.
-Another representation of W (per frequency, factored) is another class with these methods.
+W is dense, or one matrix for each frequency of a grid; another representation (factored) is another class with these methods.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from .registry import registry
 from .spectrum import Grid, require_finite, same_origin, strided_weight
 
 CORE = "core"
+# what `trace` puts around a layer to reshape images for it
+DETOUR = "detour"
 # max Λ / min Λ above which a stage is rescaled
 SPREAD = 1e4
 
@@ -39,7 +41,7 @@ def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
 
     What a plugin asks before it claims a layer. Overriding a constraint (the T of a residual layer) is no obstacle.
     """
-    return isinstance(module, kind) and type(module).forward is kind.forward
+    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class _Walker:
         if claim is not None:
             name, dae = claim
             yield from self._layer(module, path, dae.derive(name=label(path, module)), name)
-        elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        elif computes_as(module, nn.Sequential):
             # Not named_children(), which names a module that stands twice (one shared ReLU) only once.
             for key, child in module._modules.items():
                 if child is not None:
@@ -167,7 +169,7 @@ class _Walker:
             (module.dilation != (1, 1), f"dilation = {module.dilation} is not supported, only 1."),
             (module.stride[0] != module.stride[1], f"its strides {module.stride} differ."),
             (
-                module.padding != "same" and not _keeps(module),
+                not pointwise and module.padding != "same" and not _keeps(module),
                 f"its padding {module.padding} does not keep the image with kernel_size {module.kernel_size}: for odd sizes "
                 '(kernel_size - 1)//2 does, for all padding="same".',
             ),
@@ -221,15 +223,15 @@ class _Walker:
         expected = tuple(image.flatten(1).shape[1:]) if flat else tuple(image.shape[1:])
         if expected != dae.output_shape:
             raise ShapeError(f"the output of {label(path, module)!r}", dae.output_shape, expected)
-        self._require_same(
-            module, path, plugin, image.flatten(1), evaluate(dae, nn.Sequential(*before)(probe)).flatten(1)
-        )
+        if plugin != CORE:
+            answer = evaluate(dae, nn.Sequential(*before)(probe))
+            self._require_same(module, path, plugin, image.flatten(1), answer.flatten(1))
         for glue in before:
-            yield Step(path, glue, shape, None, CORE, 1.0)
+            yield Step(path, glue, shape, None, DETOUR, 1.0)
             shape = tuple(glue(torch.empty(1, *shape)).shape[1:])
         yield Step(path, module, shape, dae, plugin, dae.lipschitz)
         for glue in after:
-            yield Step(path, glue, dae.output_shape, None, CORE, 1.0)
+            yield Step(path, glue, dae.output_shape, None, DETOUR, 1.0)
         self.shape = tuple(image.shape[1:])
 
     @staticmethod
@@ -284,7 +286,7 @@ def _without_detours(steps: list[Step]) -> list[Step]:
     for step in steps:
         flatten = step.module
         whole = type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
-        if whole and kept and type(kept[-1].module) is nn.Unflatten:
+        if whole and kept and kept[-1].plugin == DETOUR and type(kept[-1].module) is nn.Unflatten:
             kept.pop()
         else:
             kept.append(step)
@@ -300,11 +302,9 @@ def glue_dae(step: Step) -> DAE | None:
     name = label(step.path, step.module)
     if step.dae is not None:
         return step.dae
-    if is_activation(step.module) or type(step.module) is MaxMin:
-        return None
+    if type(step.module) not in KNOWN or type(step.module) in (MaxMin, nn.Unflatten):
+        return None  # a stranger's may be anything, and have images as outputs
     if len(step.input_shape) == 1:
-        if type(step.module) in (nn.Unflatten, nn.Unfold):
-            return None
         if step.input_shape[0] > MOST_DENSE:
             return None
         return affine(*affine_image(step.module, step.input_shape, step.path), step.lipschitz, name)

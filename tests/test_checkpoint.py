@@ -4,6 +4,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lipconvert_plugins.aol import AOLNetwork
@@ -14,7 +15,7 @@ from lipconvert_plugins.sandwich import SandwichNetwork
 from lipconvert_plugins.sll import SLLConv2d, SLLLinear, SLLNetwork
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import lipconvert as lc
 
@@ -799,3 +800,43 @@ class TestConvolutionalRecognition:
         state[key] = state[key].flatten(1)
         with pytest.raises(lc.LipconvertError, match=key.replace(".", r"\.")):
             lc.from_state_dict(state, options)
+
+
+PUBLIC_LBEN = {"lipschitz": 1.5, "epsilon": 1.0, "activation": "relu"}
+
+
+class TestPublicLBEN:
+    """The layout of Revay et al.: psi = log Ψ, B = (U, b_z), V, S, G = (G, b_y), and S′ − S in place of S − S′."""
+
+    @staticmethod
+    def tensors() -> dict[str, Tensor]:
+        n, p, q = 8, 5, 3
+        sizes = {"B.weight": (n, p), "B.bias": (n,), "V.weight": (n, n), "S.weight": (n, n), "G.weight": (q, n)}
+        return {key: torch.randn(size) for key, size in sizes.items()} | {
+            "psi": 0.3 * torch.randn(n), "G.bias": torch.randn(q),
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("prefix", ["", "mon.linear_module.", "module.mon.linear_module."])
+    def test_it_is_the_network_of_its_code(self, prefix, tmp_path):
+        t = self.tensors()
+        torch.save({prefix + key: value for key, value in t.items()}, tmp_path / "fc_lip1.5_w8.params")
+        model = lc.from_state_dict(lc.read_weights(tmp_path / "fc_lip1.5_w8.params"), PUBLIC_LBEN).double()
+        psi, g = t["psi"].exp(), PUBLIC_LBEN["lipschitz"]
+        G, B, V, S = (t[f"{name}.weight"].numpy() for name in "GBVS")
+        inverse = np.diag(1.0 / psi.numpy())
+        inner = G.T @ G / (2 * g) + inverse @ B @ B.T @ inverse / (2 * g) + V.T @ V + np.eye(8) + S.T - S
+        W = np.eye(8) - np.diag(psi.numpy()) @ inner
+        np.testing.assert_allclose(model.W.detach().numpy(), W, atol=1e-12)
+        x = torch.randn(4, 5)
+        for row, y in zip(x.numpy(), lc.convert(model)(x).detach().numpy(), strict=True):
+            u, z = B @ row + t["B.bias"].numpy(), np.zeros(8)
+            for _ in range(200_000):  # forward-backward with a small step
+                z, old = np.maximum(z - 2e-3 * (z - W @ z - u), 0.0), z
+                if np.abs(z - old).max() < 1e-16:
+                    break
+            np.testing.assert_allclose(y, G @ z + t["G.bias"].numpy(), atol=1e-9)
+
+    @pytest.mark.parametrize("missing", PUBLIC_LBEN)
+    def test_what_the_file_does_not_say_is_asked_for(self, missing):
+        with pytest.raises(lc.MissingOptionError, match=missing):
+            lc.from_state_dict(self.tensors(), {k: v for k, v in PUBLIC_LBEN.items() if k != missing})

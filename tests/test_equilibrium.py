@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from lipconvert_plugins.sll import SLLConv2d
+from torch import Tensor, nn
 
+import lipconvert as lc
 from lipconvert import (
     DAE,
     LBEN,
@@ -455,3 +457,52 @@ def test_evaluate_on_images(image):
     np.testing.assert_allclose(y.detach().numpy(), expected.detach().numpy(), atol=1e-11)
     ours, theirs = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected))
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-10, atol=1e-10)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def kept_for_backward(net: nn.Module, x: Tensor) -> int:
+    """Bytes of distinct tensors that autograd keeps of a forward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(x)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("image", [(), (6, 5)])
+def test_memory_of_gradients_does_not_depend_on_the_number_of_steps(image: tuple[int, ...]) -> None:
+    net = lc.LBEN(2, 3, 2, image=image)
+    x = torch.randn(50, 2, *image)
+    bytes_kept, steps = [], []
+    for tolerance in (1e-2, 1e-13):
+        net.options = lc.SolverOptions(tolerance=tolerance)
+        bytes_kept.append(kept_for_backward(net, x))
+        steps.append(int(net.solve(x).steps.max()))
+    assert steps[1] > 3 * steps[0]
+    assert bytes_kept[1] == bytes_kept[0]
+    # z and u in coordinates, the input and the output, and what is small beside them
+    state = 50 * net.grid.pixels * 8 * (1.0 if not image else 6 * 3 * 2 / 30)
+    assert bytes_kept[0] <= (2 * 3 + 2 + 2 + 3) * state + 100_000
+
+
+def test_a_forward_pass_without_gradients_holds_one_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward substitution writes the states over the drive."""
+    net = lc.LBEN.from_dae(lc.densify(lc.to_dae(SLLConv2d(2, 3), (2, 3, 3))))
+    seen = []
+    original = lc.equilibrium.__globals__["forward_substitution"]
+
+    def spy(map, sigma, u, out=None):  # type: ignore[no-untyped-def]
+        z = original(map, sigma, u, out)
+        seen.append(z.data_ptr() == u.data_ptr())
+        return z
+
+    monkeypatch.setitem(lc.equilibrium.__globals__, "forward_substitution", spy)
+    with torch.no_grad():
+        net(torch.randn(4, 18))
+    assert seen == [True]

@@ -5,6 +5,7 @@ With an image, equation (2) is that of the circulant matrices of the module's ke
 
 import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -612,3 +613,26 @@ def test_fill_false_leaves_the_parameters_to_the_caller():
     x = torch.randn(3, 2, 2, 3).float()
     with torch.no_grad():
         assert torch.equal(lben(x), source(x))
+
+
+def test_evaluating_in_inference_mode_leaves_gradients_possible() -> None:
+    for image in ((), (6, 5)):
+        net = LBEN(3, 4, 2, image=image).requires_grad_(False)
+        x = torch.randn(2, 3, *image)
+        with torch.inference_mode():
+            expected = net(x).clone()
+        x.requires_grad_()
+        y = net(x)
+        y.sum().backward()
+        assert float((y.detach() - expected).abs().max()) <= 1e-13
+        assert x.grad is not None
+
+
+def test_copies_do_not_carry_the_assembled_W() -> None:
+    net = LBEN(3, 8, 2, image=(6, 5))
+    fresh = len(pickle.dumps(net))
+    with torch.no_grad():
+        net(torch.randn(1, 3, 6, 5))
+    assert len(pickle.dumps(net)) == fresh
+    assert copy.deepcopy(net)._inference is None
+    assert net._inference is not None

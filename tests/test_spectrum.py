@@ -21,11 +21,14 @@ from torch.nn import functional
 import lipconvert as lc
 from lipconvert import Grid, InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
 from lipconvert.spectrum import (
-    add_product,
+    add_gram,
     fold,
     gram,
     hermitian,
     least_eigenvalue,
+    linear_solve,
+    lu_factor,
+    psd_factor,
     require_finite,
     roundoff,
     triangular_factor,
@@ -512,16 +515,41 @@ def test_gram_and_its_derivative(batch: tuple[int, ...], dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
-def test_add_product(batch: tuple[int, ...], dtype: torch.dtype) -> None:
-    M, A, B = (torch.randn(*batch, *s, dtype=dtype) for s in ((3, 5), (3, 2), (2, 5)))
-    expected = -2.0 * M.numpy() + 0.5 * A.numpy() @ B.numpy()
-    result = add_product(M, A, B, 0.5, -2.0)
-    assert result is M
-    np.testing.assert_allclose(result.numpy(), expected, atol=1e-14)
+def test_add_gram(batch: tuple[int, ...], dtype: torch.dtype) -> None:
+    """M + αR′R in place, with zero columns at the ends, in the middle, everywhere, and without rows."""
+    for alive in ([0, 1, 2, 3, 4], [1, 3], [4], []):
+        for rows in (0, 2, 7):
+            M, R = torch.randn(*batch, 5, 5, dtype=dtype), torch.zeros(*batch, rows, 5, dtype=dtype)
+            R[..., alive] = torch.randn(*batch, rows, len(alive), dtype=dtype)
+            expected = M.numpy() - 1.5 * np.swapaxes(R.numpy(), -1, -2).conj() @ R.numpy()
+            result = add_gram(M, R, -1.5)
+            assert result is M
+            np.testing.assert_allclose(result.numpy(), expected, atol=1e-14)
 
 
-@pytest.mark.parametrize("batch", [(), (4,)])
-def test_add_product_over_nothing_adds_nothing(batch: tuple[int, ...]) -> None:
-    M = torch.randn(*batch, 3, 5)
-    expected = -2.0 * M
-    assert torch.equal(add_product(M, torch.zeros(*batch, 3, 0), torch.zeros(*batch, 0, 5), beta=-2.0), expected)
+def test_psd_factor_is_a_factor() -> None:
+    """Positive definite, singular (no Cholesky factor), a batch in which one is singular; indefinite is refused."""
+    R = torch.randn(6, 4, 5, dtype=torch.complex128)
+    singular, definite = R.mH @ R, R.mH @ R + torch.eye(5)
+    for H in (definite, singular, torch.cat([definite, singular]), torch.zeros(3, 3), torch.ones(2, 2)):
+        F = psd_factor(H, "H")
+        assert float((F.mH @ F - H).abs().max()) <= 1e-13
+    with pytest.raises(NotPSDError, match="H of layer 3"):
+        psd_factor(torch.diag(torch.tensor([1.0, -1e-3])), "H of layer 3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_lu_of_batches_on_several_threads(dtype: torch.dtype) -> None:
+    """torch's own is wrong there above n = 150 or so; one matrix at a time it is right."""
+    torch.set_num_threads(2)  # the fixture of conftest puts it back
+    A, B = torch.randn(3, 192, 192, dtype=dtype) + 20.0 * torch.eye(192), torch.randn(3, 192, 2, dtype=dtype)
+    A.requires_grad_()
+    X = linear_solve(A, B)
+    one_by_one = torch.stack([torch.linalg.solve(a, b) for a, b in zip(A.detach(), B, strict=True)])
+    assert float((X.detach() - one_by_one).abs().max()) <= 1e-12
+    (gradient,) = torch.autograd.grad(X.real.sum(), A)
+    adjoint = torch.stack([torch.linalg.solve(a.mH, torch.ones_like(b)) for a, b in zip(A.detach(), B, strict=True)])
+    assert float((gradient + adjoint @ one_by_one.mH).abs().max()) <= 1e-12
+    LU, pivots, info = lu_factor(A.detach())
+    assert not bool(info.any())
+    assert float((torch.linalg.lu_solve(LU, pivots, B) - one_by_one).abs().max()) <= 1e-12

@@ -212,3 +212,76 @@ def test_training_that_exhausts_the_margin_still_solves():
         optimizer.step()
     norms = torch.linalg.matrix_norm(jacobian(net, x), 2)
     assert float(norms.max()) <= 1.0 + 1e-6
+
+
+class Sorted(nn.Module):
+    """1-Lipschitz, not affine; on flat samples."""
+
+    def forward(self, x):
+        return x.sort(dim=1).values
+
+
+class Folded(nn.Module):
+    """Flat samples as images of two channels."""
+
+    def forward(self, x):
+        return x.reshape(len(x), 2, 2, -1)
+
+
+class Strange:
+    @staticmethod
+    @lc.hookimpl
+    def to_dae(model):
+        return None
+
+    @staticmethod
+    @lc.hookimpl
+    def glue_lipschitz(module):
+        return 1.0 if isinstance(module, Sorted | Folded) else None
+
+
+def test_merging_leaves_what_a_stranger_keeps_as_glue():
+    lc.registry().register(Strange, "strange")
+    try:
+        for parts, kinds in (
+            ([SLLLinear(8), Sorted(), SLLLinear(8)], [lc.LBEN, Sorted, lc.LBEN]),
+            ([SLLLinear(8), Folded()], [lc.LBEN, Folded]),
+        ):
+            model = nn.Sequential(*parts)
+            net = lc.convert(model, (8,), merge=True)
+            assert [type(step) for step in net.steps] == kinds
+            same(model, net, torch.randn(5, 8))
+    finally:
+        lc.registry().unregister("strange")
+
+
+def test_a_users_own_detour_stays():
+    model = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.Linear(12, 3))
+    net = lc.convert(model, (4, 3))
+    assert net.input_shape == (4, 3)
+    same(model, net, torch.randn(5, 4, 3))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_unshuffling_behind_glue(merge):
+    """The case in which unshuffling twice would not show on smaller images."""
+    for parts, shape in (
+        ([nn.ReLU(), nn.PixelUnshuffle(2), nn.Flatten(), nn.Linear(64, 3)], (1, 8, 8)),
+        ([lc.Normalize(0.5, 0.5), nn.PixelUnshuffle(2), nn.Flatten(), nn.Linear(64, 3)], (1, 8, 8)),
+        ([SLLConv2d(2), nn.PixelUnshuffle(2), SLLConv2d(8), nn.PixelUnshuffle(2), nn.Flatten()], (2, 8, 8)),
+    ):
+        model = nn.Sequential(*parts)
+        same(model, lc.convert(model, shape, merge=merge), torch.randn(5, *shape))
+
+
+def test_a_forward_put_on_an_instance_is_seen():
+    model = nn.Sequential(SLLLinear(4))
+    model.forward = lambda x: 2.0 * x
+    with pytest.raises(lc.UnsupportedModuleError, match="forward of its own"):
+        lc.convert(model, (4,))
+
+
+def test_a_pointwise_convolution_needs_no_padding():
+    for padding in (0, "valid", "same"):
+        model = nn.Sequential(nn.Conv2d(2, 3, 1, padding=padding))
+        same(model, lc.convert(model, (2, 4, 3)), torch.randn(5, 2, 4, 3))

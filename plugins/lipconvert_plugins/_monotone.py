@@ -76,8 +76,8 @@ class Monotone(nn.Module):
         """G (out, hidden)."""
         if self.Wout is not None:
             return self.unit(self.Wout.weight, grid)
-        eye = torch.eye(len(self.phi())).to(grid.convolution(self.A.weight))
-        return eye.expand(*grid.batch, *eye.shape)
+        A = grid.convolution(self.A.weight)
+        return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
 
     def W(self, grid: Grid = DENSE) -> Tensor:
         """W = I − Φ(A′A + B′ − B + mI), (hidden, hidden). (paper eq. 5, 6)"""
@@ -102,19 +102,23 @@ class Monotone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grid = self.grid(tuple(x.shape[-2:]))
         rank = 3 if grid else 1
+        inputs = self.U.weight.shape[1]
+        if x.dim() < rank or x.shape[x.dim() - rank] != inputs:
+            sizes = "(..., c, h, w)" if grid else "(..., c)"
+            raise ShapeError(f"the input of {type(self).__name__}", f"{sizes} with c = {inputs}", tuple(x.shape))
         lead, x = x.shape[: x.dim() - rank], x.reshape(-1, *x.shape[x.dim() - rank :])
         W = self.W(grid)
-        u = grid.affine(self.input_map(grid), grid.coordinates(x), self._bias(self.U, W))
+        u = grid.affine(self.input_map(grid), grid.coordinates(x), self._bias(self.U))
         sigma = Activations(activation_of(self.activation), W.shape[-1])
         map = StateMap(W, Lambda=self.phi().detach().reciprocal(), grid=grid, kept=False)
         z = equilibrium(W, u, sigma, map, self.options, f"the equilibrium of {type(self).__name__}")
-        y = z if self.Wout is None else grid.affine(self.readout(grid), z, self._bias(self.Wout, W))
+        y = z if self.Wout is None else grid.affine(self.readout(grid), z, self._bias(self.Wout))
         y = grid.values(y)
         return y.reshape(*lead, *y.shape[1:])
 
     @staticmethod
-    def _bias(layer: nn.Linear | nn.Conv2d, like: Tensor) -> Tensor:
-        return torch.zeros(len(layer.weight)).to(like.real) if layer.bias is None else layer.bias
+    def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+        return layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
 
 
 class MonotoneDEQ(Monotone):

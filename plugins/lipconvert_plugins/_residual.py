@@ -21,7 +21,7 @@ from lipconvert import (
     conv2d_adjoint,
     conv2d_same,
     dense_operator,
-    psd_sqrt,
+    psd_factor,
     required_option,
     spectral_norm,
 )
@@ -166,7 +166,7 @@ def residual_dae(layer: Residual, input_shape: tuple[int, ...] | None = None, de
         W = [[0, 0], [W′, 0]],  U = [I; 0],  G = [I, −R],  Λ = blkdiag(I, 2T⁻¹),  L = 1,
         H = blkdiag(0, 4T⁻¹ − 4T⁻¹W′WT⁻¹),  V = [0, √2 F T⁻¹],  F′F = T − W′W                         (FORMULAS 1.1)
 
-    F = (I − T^{-1/2}W′WT^{-1/2})^{1/2} T^{1/2}: the root is taken of a matrix between 0 and I, whatever the scale of T.
+    F = RT^{1/2} with R′R = I − T^{-1/2}W′WT^{-1/2}, a matrix between 0 and I whatever the scale of T.
     Raises `NotPSDError` when W′W ⋠ T: the layer is then not 1-Lipschitz.
     """
     grid, image, weight = layer.operator(input_shape, dense)
@@ -176,7 +176,7 @@ def residual_dae(layer: Residual, input_shape: tuple[int, ...] | None = None, de
     bias = T.new_zeros(h) if layer.bias is None else layer.bias.detach().repeat_interleave(pixels)
     eye_d, eye_h = (torch.eye(n, dtype=weight.dtype).expand(*grid.batch, n, n) for n in (d, h))
     scaled = weight / T.sqrt().unsqueeze(-1)
-    root = psd_sqrt(eye_h - scaled @ scaled.mH, "I - T^{-1/2} W'W T^{-1/2} (W'W must not exceed T)", scale=1.0)
+    root = psd_factor(eye_h - scaled @ scaled.mH, "I - T^{-1/2} W'W T^{-1/2} (W'W must not exceed T)", scale=1.0)
 
     def zero(*shape: int) -> Tensor:
         return weight.new_zeros(*grid.batch, *shape)

@@ -53,8 +53,8 @@ def _pair(weight: Tensor, alpha: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 class SandwichLinear(nn.Module):
     """x → √2 A′Φσ(√2 Φ⁻¹B·scale·x + b), or x → scale·Bx + b without activation; Lipschitz constant ``scale``.
 
-    ``SandwichLinear(in_features, out_features, bias=True, activation=nn.ReLU(), scale=1.0)``; ``activation=None`` is the
-    linear last layer of a network. AA′ + BB′ = I from the Cayley transform of ``weight`` (out, out + in), rescaled to
+    ``SandwichLinear(in_features, out_features, bias=True, activation=None, scale=1.0)``; without activation it is the linear
+    last layer of a network. AA′ + BB′ = I from the Cayley transform of ``weight`` (out, out + in), rescaled to
     Frobenius norm ``alpha``; Φ = exp(``psi``) > 0.
     """
 
@@ -97,7 +97,8 @@ class SandwichLinear(nn.Module):
 class SandwichConv2d(nn.Module):
     """The same layer with circular convolutions, (B, in_channels, h, w) → (B, out_channels, h/stride, w/stride).
 
-    ``SandwichConv2d(in_channels, out_channels, kernel_size, stride=1, bias=True, activation=nn.ReLU(), scale=1.0)``. The
+    ``SandwichConv2d(in_channels, out_channels, kernel_size, stride=1, bias=True, activation=None, scale=1.0)``, ReLU where no
+    activation is given. The
     Cayley transform is taken for each frequency of the image at hand: its kernels are as large as the image, and the layer
     depends on its size. ``weight`` (out, out + in·stride², k, k); with a stride it acts behind ``PixelUnshuffle(stride)``, so
     that k counts coarse pixels. Φ = exp(``psi``) per channel.
