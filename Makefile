@@ -43,7 +43,7 @@ demo: $(VENV)/.installed
 
 # Run from tests/ and with a safe path, here and in processes the tests start: what is imported is what is installed.
 test: $(VENV)/.installed-test
-	@cd tests && PYTHONSAFEPATH=1 $(BIN)/python -m pytest $(ARGS)
+	@cd tests && PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(TOOLS)/.installed-dev
 	$(TOOLS_BIN)/ruff check .
