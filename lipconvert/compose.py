@@ -14,7 +14,7 @@ from torch import Tensor
 from .activations import Activation, Activations
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
-from .spectrum import DENSE, Grid, psd_sqrt, require_finite, spectral_norm, triangular_factor
+from .spectrum import DENSE, Grid, hull, psd_sqrt, require_finite, spectral_norm, triangular_factor
 
 # States up to which images are expanded into dense matrices: 128 MB for each, and a conversion holds a dozen.
 MOST_DENSE = 4096
@@ -240,12 +240,12 @@ def _drop(M: Tensor, rows: slice, dim: int) -> Tensor:
 
 
 def _read_through(M: Tensor, into: Tensor, through: Tensor) -> Tensor:
-    """M + into·through, written over M; rows of ``into`` that are zero (most do not read the block) cost nothing.
+    """M + into·through, written over M; rows of ``into`` that are zero at either end (most do not read the block) are free.
 
     The product is rounded before it is added: what cancels (see `_compose`) then cancels exactly.
     """
-    reading = (into != 0).any(-1).reshape(-1, into.shape[-2]).any(0).nonzero().flatten()
-    M[..., reading, :] += into[..., reading, :] @ through
+    reading, read = hull(into, -2), hull(through, -1)
+    M[..., reading, read] += into[..., reading, :] @ through[..., read]
     return M
 
 

@@ -125,6 +125,8 @@ class LBEN(nn.Module):
         """The LBEN with the same function and constant as a DAE, in float64; see `lipconvert.construction.construct`."""
         P = construct(dae, epsilon, delta)
         require_finite(P.Psi, f"Ψ = 1/Λ of {dae.name!r}")
+        if dae.grid:
+            _require_real_kernels(dae, P.V)
         self = cls(
             dae.inputs,
             dae.states,
@@ -153,8 +155,6 @@ class LBEN(nn.Module):
                 (self.b_y, dae.bias_y),
             ):
                 parameter.copy_(value)
-            if dae.grid:
-                _require_real_kernels(dae, *self.matrices())
         return self
 
     @property
@@ -345,17 +345,15 @@ class LBEN(nn.Module):
         )
 
 
-def _require_real_kernels(dae: DAE, W: Tensor, U: Tensor, G: Tensor) -> None:
-    """Whether real kernels have the spectra that a DAE states; V shows in W, which is compared in the gauge Λ = I.
+def _require_real_kernels(dae: DAE, V: Tensor) -> None:
+    """Whether the matrices of a DAE are spectra of real kernels; what is not, the transform to kernels would drop.
 
-    Where a frequency is its own conjugate, a real kernel's spectrum is real; the transform to kernels drops what is not.
+    W, U and G are products and sums, symmetric to round-off (W in the gauge Λ = I); a root V only to √u, in the kernel of H.
     """
     root = dae.Lambda.sqrt()
-    ours, theirs = (root.unsqueeze(-1) * M / root for M in (W, dae.W))
-    for name, rebuilt, stated in (("U", U, dae.U), ("G", G, dae.G), ("W", ours, theirs)):
-        error = float(torch.linalg.matrix_norm(rebuilt - stated).amax())
-        # far above what rebuilding W leaves (1e-12), far below a spectrum of complex kernels
-        bound = 1e-9 * max(1.0, float(torch.linalg.matrix_norm(stated).amax()))
+    W = root.unsqueeze(-1) * dae.W / root
+    for name, M, tolerance in (("U", dae.U, 1e-9), ("G", dae.G, 1e-9), ("W", W, 1e-9), ("V", V / root, 1e-6)):
+        error, bound = dae.grid.asymmetry(M), tolerance * max(1.0, float(M.abs().max())) if M.numel() else 0.0
         if error > bound:
             raise InvalidParameterError(
                 f"{name} of {dae.name!r}",

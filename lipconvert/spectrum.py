@@ -101,6 +101,15 @@ class Grid:
         spectrum = M.conj().permute(1, 2, 0).resolve_conj().contiguous()
         return torch.fft.irfft2(spectrum.reshape(*M.shape[1:], self.image[0], self._half), s=self.image)
 
+    def asymmetry(self, M: Tensor) -> float:
+        """The largest |M(−ω) − conj M(ω)| where the half spectrum (F, rows, cols) holds both: 0 for real kernels."""
+        if not self.image or not M.numel():
+            return 0.0
+        h, w = self.image
+        both = M.reshape(h, self._half, -1)[:, [0, -1] if w % 2 == 0 else [0]]
+        mirrored = both[-torch.arange(h, device=M.device) % h].conj()
+        return float((both - mirrored).abs().max())
+
     def convolution(self, weight: Tensor, origin: tuple[int, int] | None = None) -> Tensor:
         """The matrices (F, out, in) of circular `conv2d_same` with a weight (out, in, k, k); a dense (out, in) as it is."""
         if not self.image:
@@ -241,13 +250,18 @@ def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]
     return functional.pixel_unshuffle(padded, stride), (origin[0], origin[1])
 
 
+def hull(M: Tensor, dim: int) -> slice:
+    """From the first to the last row (``dim`` −2) or column (−1) of matrices that holds anything; empty where none does."""
+    alive = (M != 0).any(-1 if dim == -2 else -2)
+    places = alive.reshape(-1, M.shape[dim]).any(0).nonzero().flatten()
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+
+
 def add_gram(M: Tensor, R: Tensor, alpha: float = 1.0) -> Tensor:
     """M + αR′R written over M (..., n, n); returns it. ``R`` (..., r, n); zero columns at either end cost nothing."""
-    columns = (R != 0).reshape(-1, R.shape[-1]).any(0).nonzero().flatten()
-    if len(columns):
-        hull = slice(int(columns[0]), int(columns[-1]) + 1)
-        part = R[..., hull]
-        M[..., hull, hull].add_(part.mH @ part, alpha=alpha)
+    columns = hull(R, -1)
+    part = R[..., columns]
+    M[..., columns, columns].add_(part.mH @ part, alpha=alpha)
     return M
 
 
