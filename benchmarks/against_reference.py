@@ -229,7 +229,9 @@ def run(options: argparse.Namespace, size: Size) -> dict[str, Any]:
     memory = not options.skip_memory
     say("conversion")
     made: list[lc.Network] = []
-    conversions: dict[str, Callable[[], object]] = {"lipconvert": lambda: made.append(lc.convert(ours, check=False))}
+    conversions: dict[str, Callable[[], object]] = {
+        "lipconvert": lambda: made.__setitem__(slice(None), [lc.convert(ours, check=False)])
+    }
     if reference:
         conversions = {"reference": reference.convert, **conversions}
     record("conversion", "s", interleaved(conversions, min(repeats, 3), budget=options.budget))

@@ -7,6 +7,7 @@ the closed-form V of the whole: the paper's (16), or the corrected (23).
 from __future__ import annotations
 
 from functools import reduce
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -222,7 +223,7 @@ def _without(dae: DAE, k: int, rows: slice) -> DAE | None:
     )  # z_e = We z_r + Ue x + b_e
     into_W, into_G = _drop(dae.W[..., rows], rows, -2), dae.G[..., rows]
     return dae.derive(
-        W=_read_through(_drop(_drop(dae.W, rows, -2), rows, -1), into_W, We),
+        W=_read_through(_drop(dae.W, rows, -2, -1), into_W, We),
         U=_read_through(_drop(dae.U, rows, -2), into_W, Ue),
         G=_read_through(_drop(dae.G, rows, -1), into_G, We),
         Lambda=_drop(dae.Lambda, rows, 0),
@@ -234,9 +235,19 @@ def _without(dae: DAE, k: int, rows: slice) -> DAE | None:
     )
 
 
-def _drop(M: Tensor, rows: slice, dim: int) -> Tensor:
-    """A copy of a matrix without some rows (``dim`` −2), columns (−1), or of a vector without some entries (0)."""
-    return torch.cat([M.narrow(dim, 0, rows.start), M.narrow(dim, rows.stop, M.shape[dim] - rows.stop)], dim)
+def _drop(M: Tensor, rows: slice, *dims: int) -> Tensor:
+    """A copy without some rows (−2), columns (−1), both, or without some entries of a vector (0)."""
+    shape = list(M.shape)
+    for dim in dims:
+        shape[dim] -= rows.stop - rows.start
+    kept = M.new_empty(shape)
+    halves = ((slice(0, rows.start), slice(0, rows.start)), (slice(rows.stop, None), slice(rows.start, None)))
+    for choice in product(halves, repeat=len(dims)):
+        source, target = [slice(None)] * M.dim(), [slice(None)] * M.dim()
+        for dim, (old, new) in zip(dims, choice, strict=True):
+            source[dim], target[dim] = old, new
+        kept[tuple(target)] = M[tuple(source)]
+    return kept
 
 
 def _read_through(M: Tensor, into: Tensor, through: Tensor) -> Tensor:
@@ -344,6 +355,7 @@ def _through(M: Tensor, b: Tensor) -> Tensor:
 def _stack_rows(*parts: Tensor) -> Tensor:
     """Rows on top of one another, those that are exactly zero left out, at most n of them with the same V′V."""
     rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+    rows = rows[..., hull(rows, -2), :]
     alive = (rows != 0).any(dim=-1)
     if alive.dim() > 1:
         alive = alive.flatten(0, -2).any(0)

@@ -181,14 +181,19 @@ def residual_dae(layer: Residual, input_shape: tuple[int, ...] | None = None, de
     def zero(*shape: int) -> Tensor:
         return weight.new_zeros(*grid.batch, *shape)
 
-    return DAE(
-        W=torch.cat([zero(d, d + h), torch.cat([weight, zero(h, h)], -1)], -2),
-        U=torch.cat([eye_d, zero(h, d)], -2),
-        G=torch.cat([eye_d, -2.0 * weight.mH / T], -1),
+    W, U, G, V = zero(d + h, d + h), zero(d + h, d), zero(d, d + h), zero(h, d + h)
+    W[..., d:, :d] = weight
+    U[..., :d, :] = G[..., :d] = eye_d
+    G[..., d:] = -2.0 * weight.mH / T
+    V[..., d:] = 2.0**0.5 * root / T.sqrt()
+    return DAE.own(
+        W=W,
+        U=U,
+        G=G,
+        V=V,
         Lambda=torch.cat([T.new_ones(d), 2.0 / T]),
         b_z=torch.cat([T.new_zeros(d), bias]),
         activations=Activations("identity", d) + Activations(activation_of(layer.activation), h),
-        V=torch.cat([zero(h, d), 2.0**0.5 * root / T.sqrt()], -1),
         blocks=(d, h),
         grid=grid,
     )
