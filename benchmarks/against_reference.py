@@ -229,9 +229,11 @@ def run(options: argparse.Namespace, size: Size) -> dict[str, Any]:
     memory = not options.skip_memory
     say("conversion")
     made: list[lc.Network] = []
-    conversions: dict[str, Callable[[], object]] = {
-        "lipconvert": lambda: made.__setitem__(slice(None), [lc.convert(ours, check=False)])
-    }
+
+    def convert() -> None:
+        made[:] = [lc.convert(ours, check=False)]
+
+    conversions: dict[str, Callable[[], object]] = {"lipconvert": convert}
     if reference:
         conversions = {"reference": reference.convert, **conversions}
     record("conversion", "s", interleaved(conversions, min(repeats, 3), budget=options.budget))
