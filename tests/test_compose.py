@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lipconvert_plugins.sll import SLLConv2d, SLLLinear
+from plain import circulant, correlate
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -414,14 +415,6 @@ def test_random_chains(evaluate: Evaluate, kinds: list[str], seed: int) -> None:
 IMAGES = [(1, 1), (1, 3), (2, 2), (3, 2), (2, 4)]
 
 
-def circulant(K: Tensor) -> Tensor:
-    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
-    q, p, h, w = K.shape
-    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
-    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
-    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
-
-
 def waves(image: tuple[int, ...]) -> Tensor:
     """exp(2πi ω·s) for the frequencies ω of rfft2 and the pixels s: (F, h, w)."""
     h, w = image
@@ -454,14 +447,6 @@ def expand(dae: DAE) -> DAE:
     Lambda, b_z, b_y = (v.repeat_interleave(pixels) for v in (dae.Lambda, dae.bias_z, dae.bias_y))
     sigma = Activations.of((a, size * pixels) for a, size in dae.sigma)
     return DAE(W, U, G, Lambda, b_z, b_y, sigma, dae.lipschitz, V, tuple(size * pixels for size in dae.blocks))
-
-
-def correlate(x: Tensor, K: Tensor) -> Tensor:
-    """The convolution itself, tap by tap."""
-    taps = np.ndindex(*K.shape[2:])
-    return torch.stack(
-        [torch.einsum("ij,bjst->bist", K[:, :, a, b], torch.roll(x, (-a, -b), (2, 3))) for a, b in taps]
-    ).sum(0)
 
 
 def plane(b: Tensor) -> Tensor:

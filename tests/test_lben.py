@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lipconvert_plugins.sll import SLLNetwork
+from plain import circulant, matrices
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -294,22 +295,6 @@ def test_an_ill_posed_dae_is_reported():
 # ---- on a grid ------------------------------------------------------------------------------------------------------
 
 IMAGES = [(1, 1), (1, 3), (2, 2), (3, 2), (2, 4)]
-
-
-def circulant(K: Tensor) -> Tensor:
-    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
-    q, p, h, w = K.shape
-    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
-    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
-    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
-
-
-def matrices(K: Tensor) -> Tensor:
-    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
-    h, w = K.shape[2:]
-    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
-    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
-    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
 
 
 def image_lben(image: tuple[int, int], p: int = 2, n: int = 3, q: int = 2, **options) -> LBEN:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from plain import circulant, matrices
 from torch import Tensor
 
 from lipconvert import Activations, Grid, InvalidParameterError, SolverOptions, StateMap, Status, solve
@@ -360,22 +361,6 @@ CHANNELS = {
     "relu": [("relu", C)],
     "mixed": [("identity", 1), ("softplus(2.0)", 1), ("relu", 2)],
 }
-
-
-def circulant(K: Tensor) -> Tensor:
-    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
-    q, p, h, w = K.shape
-    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
-    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
-    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
-
-
-def matrices(K: Tensor) -> Tensor:
-    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
-    h, w = K.shape[2:]
-    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
-    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
-    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
 
 
 def conv_mapping(kind: str, image: tuple[int, int]) -> tuple[np.ndarray, StateMap]:

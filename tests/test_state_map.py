@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import circulant, matrices
 from torch import Tensor
 
 from lipconvert import Grid, InvalidParameterError, ShapeError, StateMap
@@ -257,22 +258,6 @@ def test_newton_step_is_the_solve_of_each_sample():
 
 IMAGES = [(1, 1), (1, 3), (2, 2), (3, 4), (4, 3)]
 C = 5  # channels
-
-
-def circulant(K: Tensor) -> Tensor:
-    """The matrix of y_i[s] = Σ_j Σ_a K_ij[a] x_j[s + a] on flattened images, by its indices."""
-    q, p, h, w = K.shape
-    s, t = torch.arange(h * w) // w, torch.arange(h * w) % w
-    blocks = K[:, :, (s[None, :] - s[:, None]) % h, (t[None, :] - t[:, None]) % w]
-    return blocks.permute(0, 2, 1, 3).reshape(q * h * w, p * h * w)
-
-
-def matrices(K: Tensor) -> Tensor:
-    """K̂(ω) = Σ_ab K[a, b] exp(2πi(ka/h + lb/w)) at the frequencies of rfft2, by the sum itself: (F, q, p)."""
-    h, w = K.shape[2:]
-    rows = torch.exp(2j * torch.pi * torch.outer(torch.arange(h), torch.arange(h)) / h)
-    columns = torch.exp(2j * torch.pi * torch.outer(torch.arange(w // 2 + 1), torch.arange(w)) / w)
-    return torch.einsum("ijab,ka,mb->kmij", K.to(torch.complex128), rows, columns).flatten(0, 1)
 
 
 def conv_case(name: str, image: tuple[int, int]) -> tuple[Tensor, StateMap]:
