@@ -286,7 +286,7 @@ def gram(*rows: Tensor) -> Tensor:
 
 @contextmanager
 def one_thread(wanted: bool = True) -> Iterator[None]:
-    """torch on one thread inside, where ``wanted``."""
+    """torch on one thread inside, where ``wanted``; the number of threads belongs to the process."""
     threads = torch.get_num_threads()
     if wanted:
         torch.set_num_threads(1)
@@ -334,7 +334,7 @@ def spectral_norm(M: Tensor) -> Tensor:
 
     The largest singular value of a backward stable SVD is within p(m, n) u ‖M‖ of the true one (u: unit round-off);
     ``4 max(m, n) u`` is added for it, so that a certificate may rest on the value. Power iteration, which
-    under-estimates, is never used.
+    under-estimates, is never used. The rounding of a transform that made M from kernels is not covered.
     """
     if 0 in M.shape:
         return M.new_zeros((), dtype=M.real.dtype)
