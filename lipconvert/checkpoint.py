@@ -40,6 +40,10 @@ def save(net: Network, path: str | Path) -> None:
     target = Path(path)
     if target.suffix != SUFFIX:
         raise CheckpointError(str(target), "path", f"the suffix must be {SUFFIX}")
+    if not isinstance(net, Network):
+        raise CheckpointError(
+            str(target), "net", f"a converted network is saved, not a {type(net).__name__}: convert it first"
+        )
     entries: list[StageEntry | GlueEntry] = []
     for step in net.steps:
         entries.append(_stage_entry(step) if isinstance(step, LBEN) else _glue_entry(step, str(target)))

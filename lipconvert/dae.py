@@ -96,8 +96,9 @@ class DAE:
             require_finite(tensor, self._at(field))
             spectral = bool(self.grid) and field in ("W", "U", "G", "V")
             if tensor.is_complex() != spectral:
-                kind = "complex entries (one matrix for each frequency)" if spectral else "real entries"
-                raise ShapeError(self._at(field), kind, tensor.dtype)
+                kind = "complex entries, one matrix for each frequency" if spectral else "real entries"
+                hint = "grid.convolution(...) makes them." if spectral else "For images give grid=Grid((h, w)) as well."
+                raise ShapeError(self._at(field), kind, tensor.dtype, hint)
         W, batch = self.W, self.grid.batch
         if W.dim() < 2 or W.shape != (*batch, W.shape[-1], W.shape[-1]):
             raise ShapeError(self._at("W"), (*batch, "n", "n"), tuple(W.shape))

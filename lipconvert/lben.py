@@ -74,7 +74,7 @@ class LBEN(nn.Module):
         blocks: Sequence[int] | None = None,
         options: SolverOptions = DEFAULT,
         name: str = "lben",
-        image: Sequence[int] = (),
+        image: int | Sequence[int] = (),
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         fill: bool = True,
@@ -96,7 +96,7 @@ class LBEN(nn.Module):
         self.lipschitz, self.epsilon = float(lipschitz), float(epsilon)
         self.options, self.name = options, name
         self.blocks = _blocks((states,) if blocks is None else blocks, states)
-        self.grid = Grid(tuple(image))
+        self.grid = Grid((image, image) if isinstance(image, int) else tuple(image))
         self.input_shape = (in_features, *self.grid.image)
         shapes = {
             "log_psi": (states,),

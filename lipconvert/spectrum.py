@@ -72,8 +72,7 @@ class Grid:
         """Pixels (B, n, h, w) → coordinates (B, n, F); a dense (B, n) stays as it is."""
         if not self.image:
             return x
-        if x.dtype not in (torch.float32, torch.float64):
-            raise InvalidParameterError("the dtype of images", x.dtype, "their transform takes float32 or float64")
+        _require_float(x, "images")
         return self.samples(torch.fft.rfft2(x).flatten(2).permute(2, 1, 0).contiguous())
 
     def values(self, X: Tensor) -> Tensor:
@@ -89,6 +88,7 @@ class Grid:
             return K
         if tuple(K.shape[2:]) != self.image:
             raise ShapeError("a kernel", ("rows", "cols", *self.image), tuple(K.shape))
+        _require_float(K, "kernels")
         return torch.fft.rfft2(K).conj().flatten(2).permute(2, 0, 1).resolve_conj().contiguous()
 
     def kernels(self, M: Tensor) -> Tensor:
@@ -111,9 +111,12 @@ class Grid:
         return float((both - mirrored).abs().max())
 
     def convolution(self, weight: Tensor, origin: tuple[int, int] | None = None) -> Tensor:
-        """The matrices (F, out, in) of circular `conv2d_same` with a weight (out, in, k, k); a dense (out, in) as it is."""
+        """The matrices (F, out, in) of circular `conv2d_same` with a weight (out, in, k, k); of a matrix (out, in) applied in
+        every pixel; on a dense grid the weight as it is."""
         if not self.image:
             return weight
+        if weight.dim() == 2:
+            weight = weight[:, :, None, None]
         return self.matrices(fold(weight, self.image, origin))
 
     def columns(self, X: Tensor) -> Tensor:
@@ -164,6 +167,11 @@ class Grid:
         parts = torch.view_as_real(self.columns(X)).flatten(1)  # one matrix-vector product sums over the frequencies
         power = self.weights(X) @ parts.square()
         return power.reshape(X.shape[1], X.shape[0], 2).sum(-1).sqrt().mT
+
+
+def _require_float(x: Tensor, what: str) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise InvalidParameterError(f"the dtype of {what}", x.dtype, "their transform takes float32 or float64")
 
 
 @cache
