@@ -9,7 +9,7 @@ diagonal. σ acts on pixels; that is the only place where anything is transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -147,39 +147,45 @@ def _dispatch(
     if method == "auto" and map.remainder <= 100.0 * tolerance:  # it may do, though the bound does not say so
         steps = torch.ones(len(u), dtype=torch.long, device=u.device)
         solution = _evaluated(map, sigma, u, start, steps, tolerance, "forward_substitution")
-    for iteration, max_steps in _plan(method, map, options.max_steps):
+    plan = _plan(method, map, options.max_steps)
+    while solution is None or not bool(solution.converged.all()):
+        iteration, max_steps = next(plan, (None, 0))
+        if iteration is None:
+            break
         if solution is None:
             solution = _iterate(iteration, map, sigma, u, start, max_steps, tolerance)
-        elif not bool(solution.converged.all()):
+        else:
             solution = _retry(solution, iteration, map, sigma, u, max_steps, tolerance)
     assert solution is not None
     return solution
 
 
-def _plan(method: str, map: StateMap, max_steps: int) -> list[tuple[Iteration, int]]:
-    """What to run in turn, each on the samples that the one before left."""
-    if method == "sweep":
-        return [(Sweep(), max_steps)]
-    if method == "forward_backward":
-        return [(ForwardBackward(), max_steps)]
-    if method == "peaceman_rachford":
-        return [(PeacemanRachford(), max_steps)]
-    if method == "newton":
-        return [(Newton(), max_steps)]
-    plan: list[tuple[Iteration, int]] = [(Sweep(), 100)] if map.remainder <= NEARLY_TRIANGULAR else []
-    fast, safe = map.splitting_steps
-    # A Newton step costs about n steps of splitting; by then it is close enough for Newton, or Newton gives up early.
-    plan.append((PeacemanRachford(fast), 200 + map.states))
-    if not map.grid:
-        plan.append((Newton(), 30))
-    plan.append((PeacemanRachford(safe), max_steps))
-    budgeted = []
-    for iteration, steps in plan:
-        steps = min(steps, max_steps)
-        if steps:
-            budgeted.append((iteration, steps))
+def _plan(method: str, map: StateMap, max_steps: int) -> Iterator[tuple[Iteration, int]]:
+    """What to run in turn, each on the samples that the one before left. Step sizes are estimated when they are needed."""
+    single = {
+        "sweep": Sweep,
+        "forward_backward": ForwardBackward,
+        "peaceman_rachford": PeacemanRachford,
+        "newton": Newton,
+    }
+    if method in single:
+        yield single[method](), max_steps
+        return
+    if map.remainder <= NEARLY_TRIANGULAR:
+        steps = min(100, max_steps)
         max_steps -= steps
-    return budgeted
+        yield Sweep(), steps
+    # A Newton step costs about n steps of splitting; by then it is close enough for Newton, or Newton gives up early.
+    plan: list[tuple[Callable[[], Iteration], int]] = [
+        (lambda: PeacemanRachford(map.splitting_steps[0]), 200 + map.states),
+        (Newton, 0 if map.grid else 30),
+        (lambda: PeacemanRachford(map.splitting_steps[1]), max_steps),
+    ]
+    for make, most in plan:
+        steps = min(most, max_steps)
+        max_steps -= steps
+        if steps:
+            yield make(), steps
 
 
 def _retry(
