@@ -216,11 +216,8 @@ def _without(dae: DAE, k: int, rows: slice) -> DAE | None:
     """The DAE without block k, or None when the block is needed."""
     if bool((dae.W[..., rows, rows] != 0).any()) or bool((dae.G[..., rows] @ dae.U[..., rows, :] != 0).any()):
         return None
-    We, Ue, be = (
-        _drop(dae.W[..., rows, :], rows, -1),
-        dae.U[..., rows, :],
-        dae.bias_z[rows],
-    )  # z_e = We z_r + Ue x + b_e
+    # z_e = We z_r + Ue x + b_e
+    We, Ue, be = _drop(dae.W[..., rows, :], rows, -1), dae.U[..., rows, :], dae.bias_z[rows]
     into_W, into_G = _drop(dae.W[..., rows], rows, -2), dae.G[..., rows]
     return dae.derive(
         W=_read_through(_drop(dae.W, rows, -2, -1), into_W, We),

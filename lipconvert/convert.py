@@ -16,7 +16,7 @@ from .errors import InvalidParameterError
 from .glue import affine_image
 from .lben import LBEN
 from .network import Network
-from .trace import Step, glue_dae, group, label, stage_dae, trace
+from .trace import Step, glue_dae, group, label, stage_dae, trace, unshuffling
 from .validate import compare
 
 
@@ -35,8 +35,7 @@ def to_dae(
     unshuffled: list[nn.Module] = []  # what the model's input goes through before it is the DAE's
     steps = trace(model, input_shape, plugin, dense)
     for step in steps:
-        if result is not None and result.grid and type(step.module) is nn.PixelUnshuffle:
-            factor = int(step.module.downscale_factor)
+        if result is not None and result.grid and (factor := unshuffling(step)):
             result = coarsen(result, factor, factor)
             unshuffled.append(step.module)
             continue

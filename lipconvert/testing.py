@@ -204,7 +204,7 @@ class PluginConformance:
         if len(shape) == 3:
             pools = [m.kernel_size for m in model.modules() if isinstance(m, MeanPool)]
             known |= {"image": f"{shape[1]}x{shape[2]}", "in_channels": shape[0], "pool": pools[0] if pools else 1}
-        if isinstance(getattr(model, "prescribed", 0.0), type(None)):
+        if getattr(model, "prescribed", 0.0) is None:
             known["lipschitz"] = "free"
         return {
             "inputs": x[0].numel(),

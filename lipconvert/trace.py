@@ -329,15 +329,19 @@ def group(steps: list[Step], merge: bool = False) -> list[list[Step]]:
             step = replace(step, dae=glue_dae(step))
         if previous is not None and previous[0].dae is not None:
             plugins = {s.plugin for s in (*previous, step)} - {CORE}
-            if (step.dae is not None and (merge or len(plugins) <= 1)) or (merge and _unshuffles(step)):
+            if (step.dae is not None and (merge or len(plugins) <= 1)) or (merge and unshuffling(step)):
                 previous.append(step)
                 continue
         groups.append([step])
     return [part for members in groups for part in _stages_of(members)]
 
 
-def _unshuffles(step: Step) -> bool:
-    return type(step.module) is nn.PixelUnshuffle and len(step.input_shape) == 3 and step.dae is None
+def unshuffling(step: Step) -> int:
+    """The factor of a ``PixelUnshuffle`` of images that is glue, 0 for any other step."""
+    module = step.module
+    if step.dae is None and type(module) is nn.PixelUnshuffle and len(step.input_shape) == 3:
+        return int(module.downscale_factor)
+    return 0
 
 
 def _stages_of(members: list[Step]) -> list[list[Step]]:
@@ -347,13 +351,13 @@ def _stages_of(members: list[Step]) -> list[list[Step]]:
     """
     if all(_is_glue(step) for step in members):
         return [[replace(step, dae=None)] for step in members]
-    last = max(k for k, step in enumerate(members) if not _unshuffles(step)) + 1
+    last = max(k for k, step in enumerate(members) if not unshuffling(step)) + 1
     stage, behind = members[:last], members[last:]
     front = []
     shape = stage[0].input_shape
-    for step in filter(_unshuffles, stage):
+    for step in filter(unshuffling, stage):
         front.append([replace(step, input_shape=shape)])
-        factor = int(step.module.downscale_factor)  # type: ignore[arg-type]
+        factor = unshuffling(step)
         shape = (shape[0] * factor**2, shape[1] // factor, shape[2] // factor)
     return [*front, stage, *([step] for step in behind)]
 
@@ -375,8 +379,7 @@ def stage_dae(steps: list[Step]) -> DAE:
     assert result is not None
     for step in steps[1:]:
         if step.dae is None:
-            factor = int(step.module.downscale_factor)  # type: ignore[arg-type]
-            result = coarsen(result, factor, factor)
+            result = coarsen(result, unshuffling(step), unshuffling(step))
         else:
             result = eliminate(compose(result, step.dae))
     spread = float(result.Lambda.max() / result.Lambda.min())
