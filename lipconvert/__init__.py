@@ -10,7 +10,9 @@ Only the names below are promised.
 """
 
 from .activations import Activation, Activations, MaxMin, activation_module, activation_of
-from .certify import certify
+from .attack import apgd, attack, empirical_lipschitz, pgd
+from .bounds import LipschitzBound, lipschitz_bound
+from .certify import Certifier, certified_radii, certify
 from .checkpoint import from_state_dict, load, read_weights, save
 from .compose import absorb, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min, scale
 from .conditions import Conditions, H_matrix, X_matrix, check, strict_multiplier
@@ -31,6 +33,7 @@ from .errors import (
     NotFiniteError,
     NotPSDError,
     PluginError,
+    ProcessError,
     ShapeError,
     UnsupportedActivationError,
     UnsupportedModuleError,
@@ -40,8 +43,10 @@ from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operato
 from .hookspecs import PluginInfo, hookimpl
 from .lben import LBEN
 from .network import Network
+from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
 from .registry import Plugin, Registry, plugins, registry, required_option
-from .schema import RobustnessReport, ValidationReport
+from .report import write as write_report
+from .schema import AttackConfig, RobustnessReport, ValidationReport
 from .spectrum import (
     Grid,
     conv2d_adjoint,
@@ -62,15 +67,19 @@ __all__ = [
     "Activation",
     "Activations",
     "AmbiguousModelError",
+    "AttackConfig",
+    "Certifier",
     "CheckpointError",
     "Conditions",
     "DataError",
+    "Enclosure",
     "EquivalenceError",
     "FirstFeatures",
     "Grid",
     "H_matrix",
     "InvalidParameterError",
     "LipconvertError",
+    "LipschitzBound",
     "MaxMin",
     "MeanPool",
     "MissingOptionError",
@@ -81,10 +90,13 @@ __all__ = [
     "NotConvergedError",
     "NotFiniteError",
     "NotPSDError",
+    "NotProved",
     "PadChannels",
     "Plugin",
     "PluginError",
     "PluginInfo",
+    "ProcessError",
+    "Proof",
     "Registry",
     "RobustnessReport",
     "ShapeError",
@@ -101,6 +113,9 @@ __all__ = [
     "activation_module",
     "activation_of",
     "affine",
+    "apgd",
+    "attack",
+    "certified_radii",
     "certify",
     "check",
     "coarsen",
@@ -113,14 +128,21 @@ __all__ = [
     "densify",
     "elementwise",
     "eliminate",
+    "empirical_lipschitz",
     "equilibrium",
     "from_state_dict",
     "gauge",
     "hookimpl",
     "linear_solve",
+    "lipschitz_bound",
     "load",
     "max_min",
+    "pgd",
     "plugins",
+    "prove_constant",
+    "prove_gains",
+    "prove_lmi",
+    "prove_monotone",
     "psd_factor",
     "psd_sqrt",
     "read_weights",
@@ -134,4 +156,5 @@ __all__ = [
     "strided_weight",
     "to_dae",
     "validate",
+    "write_report",
 ]

@@ -1,111 +1,340 @@
-"""Certified accuracy: how many samples are right, and provably stay right within a radius."""
+"""Certified accuracy: how many samples are right, and provably stay right within a radius, in the floats that run.
+
+For a sample with label l, margins m_j = y_l − y_j and constants K_j of y_l − y_j (`lipconvert.bounds`), the
+network, run in its own floats, gives no other class at any input within
+
+    r = min_j ( m_j − e_j − e′_j ) / ( K_j + e″_j ),
+
+where e_j bounds the error of m_j as evaluated, and e′_j + e″_j r that of the same difference at inputs within r
+(`lipconvert.accuracy`): solver, rounding, normalisation and glue. With K_j = √2·L and no errors it is the rule of
+Tsuzuku et al. 2018 (Proposition 1, arXiv:1802.04034).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .errors import InvalidParameterError, ShapeError
+from .accuracy import Accuracy
+from .attack import attack as withstands
+from .attack import class_labels, empirical_lipschitz
+from .bounds import METHODS, Bounds, LipschitzBound, class_pairs
+from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .network import Network
-from .schema import RobustnessReport
+from .schema import AttackConfig, AttackResult, MethodResult, RobustnessReport
+from .shards import fingerprint, over
 
 RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)
-METHODS = ("prescribed",)
+
+# Samples from which the empirical Lipschitz constant climbs, and steps of the climb.
+CLIMBERS, CLIMB = 32, 50
+
+# Radii are not stated beyond this.
+FARTHEST = 1e12
+
+# Points of the certified-accuracy curves.
+CURVE = 201
+
+Seen = Callable[[str, int, int | None], object]
 
 
-def certified_radii(net: Network, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per sample of a batch: (radius, correct, converged, error), each (B,), float64 and bool.
+def _ignore(what: str, done: int, total: int | None) -> None:
+    """Nobody looks."""
 
-    The margin of the label over every other logit, less what the solver may have left in their difference, divided by √2·L:
 
-        radius = ( y_label − max_j y_j − √2·error ) / (√2·L)
+class Certifier:
+    """A network with what was proved about it, ready to certify batches.
 
-    Logit differences have constant √2·L, and an output error of norm e moves one by at most √2·e. Negative: not certified
-    at any radius; −∞ where the solve did not converge. Round-off of the evaluation itself is not yet included.
-    Raises `ShapeError` for labels or logits that do not fit, `NoCertificateError` (see `Network.evaluate`).
+    ``method``: the strongest of `lipconvert.bounds.METHODS` to use; the weaker ones come along. ``seconds``: for
+    the search of multipliers. ``bounds``: a `LipschitzBound` of each method, weakest first.
+
+    Raises `InvalidParameterError` for what is not a converted network of at least two logits, `NoCertificateError` where
+    nothing is proved (`Bounds`, `Accuracy`).
     """
-    evaluation = net.evaluate(x)
-    y = evaluation.value.double()
-    if y.dim() != 2 or y.shape[1] < 2:
-        raise ShapeError("the logits", "(B, at least 2)", tuple(y.shape))
-    if labels.shape != (len(y),):
-        raise ShapeError("labels", (len(y),), tuple(labels.shape))
-    if labels.is_floating_point() or labels.is_complex():
-        raise InvalidParameterError("the dtype of the labels", labels.dtype, "labels must be integers")
-    labels = labels.to(y.device).long()
-    wrong = labels[(labels < 0) | (labels >= y.shape[1])]
-    if len(wrong):
-        raise InvalidParameterError("a label", int(wrong[0]), f"the network has the classes 0..{y.shape[1] - 1}")
-    own = y.gather(1, labels[:, None]).squeeze(1)
-    others = y.scatter(1, labels[:, None], -math.inf).amax(1)
-    radius = (own - others - math.sqrt(2.0) * evaluation.error) / (math.sqrt(2.0) * net.lipschitz)
-    # Without a finite error nothing is known of a sample, however its solve ended.
-    known = evaluation.converged & torch.isfinite(evaluation.error)
-    return torch.where(known, radius, -math.inf), own > others, known, evaluation.error
+
+    def __init__(
+        self, net: Network, method: str = "tightened", *, seconds: float | None = None, seen: Seen = _ignore
+    ) -> None:
+        if not isinstance(net, Network):
+            hint = "only a converted network has a constant to certify with: lipconvert.convert(model)"
+            raise InvalidParameterError("net", type(net).__name__, hint)
+        if method not in METHODS:
+            raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(METHODS)}")
+        proved = Bounds(net)
+        if proved.classes is None:
+            raise ShapeError("the logits", "(B, at least 2)", ("B", *proved.shape))
+        proved.bound(method, seconds=seconds, seen=seen)
+        names = METHODS[: METHODS.index(method) + 1]  # type: ignore[arg-type]
+        self.net, self.delta = net, proved.delta
+        self.bounds: list[LipschitzBound] = [proved.bound(name) for name in names]
+        self.accuracy = Accuracy(proved)
+        # pair[l, j]: the number of the pair {l, j}; the label against itself takes any
+        pair = torch.zeros(proved.classes, proved.classes, dtype=torch.long)
+        i, j = torch.tensor(class_pairs(proved.classes)).T
+        pair[i, j] = pair[j, i] = torch.arange(len(i))
+        self._pair = pair
+
+    def __call__(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Per sample of a batch, on the CPU: ``radius`` (B, methods), −∞ where nothing is known, negative where
+        nothing is certified; ``margin`` (B,) as evaluated; ``correct``, ``converged`` (B,) bool; ``error`` (B,):
+        the largest e_j + e′_j.
+
+        ``x`` (B, *input_shape), ``labels`` (B,) integers. Raises `ShapeError` and `InvalidParameterError` for others.
+        """
+        found = self.accuracy.evaluate(x.to(self.net.device))
+        y = found.value.double().cpu()
+        labels = class_labels(labels, y)
+        running = self._errors(found.pair_error, found.error, labels)
+        exact, converged = y, found.converged.cpu()
+        at_input = running[..., 0]
+        if self.net.dtype != torch.float64:
+            closer = self.accuracy.evaluate(x, double=True)
+            exact, converged = closer.value, converged & closer.converged
+            at_input = self._errors(closer.pair_error, closer.error, labels)[..., 0]
+        own = labels.unsqueeze(1)
+        differences = exact.gather(1, own) - exact
+        at_input = at_input + 2.0**-51 * (exact.gather(1, own).abs() + exact.abs())  # the subtraction, and what follows
+        converged &= torch.isfinite(running).all((1, 2)) & torch.isfinite(at_input).all(1) & torch.isfinite(y).all(1)
+        slack = differences - at_input - running[..., 0]
+        radii = []
+        for bound in self.bounds:
+            assert bound.pairs is not None
+            radius = slack / (bound.pairs[labels] + running[..., 1])
+            radii.append(radius.scatter(1, own, math.inf).amin(1))
+        radius = torch.stack(radii, dim=1)
+        radius = (radius - 2.0**-50 * radius.abs()).clamp(max=FARTHEST)  # the logits of a constant network never change
+        others = y.scatter(1, own, -math.inf).amax(1)
+        margin = y.gather(1, own).squeeze(1) - others
+        error = (at_input + running[..., 0]).scatter(1, own, 0.0).amax(1)
+        return {
+            "radius": torch.where(converged.unsqueeze(1) & (margin > 0).unsqueeze(1), radius, -math.inf),
+            "margin": torch.where(converged, margin, 0.0),
+            "correct": (margin > 0) & converged,
+            "converged": converged,
+            "error": torch.where(converged, error, 0.0),
+        }
+
+    def _errors(self, pairs: Tensor | None, error: Tensor, labels: Tensor) -> Tensor:
+        """(B, q, 2): the bounds of the differences y_label − y_j."""
+        if pairs is None:
+            return (2.0**0.5 * error.cpu()).unsqueeze(1).expand(-1, len(self._pair), -1)
+        return pairs.cpu().gather(1, self._pair[labels].unsqueeze(-1).expand(-1, -1, 2))
+
+
+def certified_radii(net: Network, x: Tensor, labels: Tensor, method: str = "tightened") -> Tensor:
+    """The radius (B,), float64, within which each sample of a batch is certified; ≤ 0 or −∞: at none.
+
+    To certify many batches make one `Certifier`. Errors are those of `certify`.
+    """
+    return Certifier(net, method)(x, labels)["radius"][:, -1]
 
 
 def certify(
     net: Network,
     data: Any,
     radii: Sequence[float] = RADII,
-    method: str = "prescribed",
+    method: str = "tightened",
     *,
     batch_size: int = 256,
+    attack: AttackConfig | None = None,
+    seconds: float | None = None,
+    folder: str | Path | None = None,
+    shard_size: int = 1024,
+    seen: Seen = _ignore,
+    model: str = "",
+    name: str = "",
 ) -> RobustnessReport:
-    """Natural and certified accuracy of a network on a data set.
+    """Natural and certified accuracy of a network on a data set, proved for the floats that run.
 
     ``data``: a map-style data set of (input, label), or a data loader of batches. ``radii``: l2, in the units of the input
-    ([0, 1] pixels), by default 36/255, 72/255, 108/255 and 1. ``method="prescribed"``: certified at ε when the margin is
-    strictly greater than √2·L·ε, with the network's own L, the solver's error subtracted first (`certified_radii`).
-    A sample counts as certified only if it is also classified correctly and its solve converged.
+    ([0, 1] pixels), by default 36/255, 72/255, 108/255 and 1. ``method``: ``"prescribed"`` (√2·L), ``"pairwise"`` or
+    ``"tightened"``; the weaker ones are reported as well, and none certifies more than a stronger one. ``seconds`` limits the
+    search for multipliers. A sample counts as certified at ε when it is classified correctly, its solve converged, and its
+    certified radius is strictly greater than ε (module docstring).
+
+    ``attack``: run one beside it, an upper bound. ``folder``: keep finished shards of ``shard_size`` samples
+    there, and go on from them after a kill. In a process group (torchrun, Fabric) every process takes a share, and
+    all return the same report. ``seen``: called with what is being done, done and total. ``model``, ``name``:
+    words for the report.
 
     Raises `InvalidParameterError` for a negative radius, an unknown method or an empty data set, `ShapeError` for inputs or
-    labels that do not fit.
+    labels that do not fit, `NoCertificateError` where a stage has no proof: it names the stage and says why.
     """
-    if not isinstance(net, Network):
-        raise InvalidParameterError(
-            "net",
-            type(net).__name__,
-            "only a converted network has a constant to certify with: lipconvert.convert(model)",
-        )
-    if method not in METHODS:
-        raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(METHODS)}")
     if isinstance(radii, str) or not isinstance(radii, Sequence):
         raise InvalidParameterError("radii", repr(radii), "it must be a list of numbers")
     if not radii or not all(0.0 <= r < math.inf for r in radii):
         raise InvalidParameterError("radii", list(radii), "at least one is needed, none of them negative or infinite")
-    device = net.device
-    if not isinstance(data, DataLoader) and (isinstance(data, str) or not hasattr(data, "__getitem__")):
+    thresholds = torch.tensor(sorted(float(r) for r in radii), dtype=torch.float64)
+    first = _first(data, CLIMBERS)
+    certifier = Certifier(net, method, seconds=seconds, seen=seen)
+    seen("an empirical Lipschitz constant", 0, None)
+    empirical = _met(certifier, first)
+
+    spent = [0.0]  # by this process on attacks
+
+    def work(x: Tensor, labels: Tensor, start: int) -> dict[str, Tensor]:
+        result = certifier(x, labels)
+        if attack is not None:
+            most = len(x) if attack.samples is None else max(0, min(len(x), attack.samples - start))
+            stands = torch.zeros(len(x), len(thresholds), dtype=torch.bool)
+            begun = time.perf_counter()
+            if most:
+                stands[:most] = withstands(
+                    net,
+                    x[:most].to(net.device),
+                    labels[:most],
+                    thresholds.tolist(),
+                    method=attack.method,
+                    steps=attack.steps,
+                    restarts=attack.restarts,
+                    box=attack.box,
+                    seed=attack.seed,
+                    first=start,
+                ).T.cpu()
+            result["stands"] = stands
+            spent[0] += time.perf_counter() - begun
+        return result
+
+    key = fingerprint(
+        net,
+        method=method,
+        seconds=seconds,
+        radii=None if attack is None else thresholds.tolist(),  # without an attack one folder serves all radii
+        attack=None if attack is None else attack.model_dump(mode="json"),
+        solver=[repr(stage.options) for stage in net.stages],
+        glue=list(net.glue_lipschitz),
+        dtype=str(net.dtype),
+        versions=[torch.__version__, version("lipconvert")],
+    )
+    found = over(
+        data,
+        work,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        folder=folder,
+        key=key,
+        seen=lambda done, total: seen("samples", done, total),
+    )
+    report = _report(certifier, found, thresholds, attack, empirical, model, name)
+    if report.attack is not None:
+        report = report.model_copy(update={"attack": report.attack.model_copy(update={"seconds": spent[0]})})
+    return report
+
+
+def _met(certifier: Certifier, x: Tensor) -> float | None:
+    """An empirical Lipschitz constant from the inputs that are numbers; None where their solves do not converge."""
+    x = x[torch.isfinite(x).flatten(1).all(1)]
+    if not len(x):
+        return None
+    try:
+        return empirical_lipschitz(certifier.net, x, steps=CLIMB, accuracy=certifier.accuracy)
+    except NotConvergedError:  # counted, sample by sample, below
+        return None
+
+
+def _first(data: Any, count: int) -> Tensor:
+    """The first inputs of a data set or loader, (B, ...)."""
+    if isinstance(data, DataLoader):
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iter(data), None)
+        samples = (
+            [] if batch is None else list(zip(*batch, strict=True)) if isinstance(batch, list | tuple) else [batch]
+        )
+    elif isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise InvalidParameterError("data", type(data).__name__, "it must be a map-style data set or a DataLoader")
-    loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=batch_size)
-    thresholds = torch.tensor(sorted(float(r) for r in radii), dtype=torch.float64, device=device)
-    samples = natural = unconverged = 0
-    certified = torch.zeros(len(thresholds), dtype=torch.long, device=device)
-    worst = 0.0
-    for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(b, Tensor) for b in batch):
-            raise InvalidParameterError("data", type(batch).__name__, "its samples must be pairs (input tensor, label)")
-        x, labels = batch
-        radius, correct, converged, error = certified_radii(net, x.to(net.device), labels)
-        samples += len(correct)
-        natural += int((correct & converged).sum())
-        unconverged += int((~converged).sum())
-        certified += ((radius[:, None] > thresholds) & correct[:, None]).sum(0)
-        worst = max(worst, float(error[converged].max()) if bool(converged.any()) else 0.0)
-    if samples == 0:
-        raise InvalidParameterError("data", "empty", "there is nothing to certify")
+    else:
+        samples = [data[k] for k in range(min(count, len(data)))]
+    if not samples:
+        raise InvalidParameterError("data", "empty", "at least one sample is needed")
+    for sample in samples:
+        if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], Tensor):
+            raise InvalidParameterError(
+                "data", type(sample).__name__, "its samples must be pairs (input tensor, label)"
+            )
+    return torch.stack([x for x, _ in islice(samples, count)])
+
+
+def _report(
+    certifier: Certifier,
+    found: dict[str, Tensor],
+    thresholds: Tensor,
+    attack: AttackConfig | None,
+    empirical: float | None,
+    model: str,
+    name: str,
+) -> RobustnessReport:
+    net, radius, samples = certifier.net, found["radius"], len(found["margin"])
+    # as far as the figure goes: half as far again as the radii asked for, or to where nothing is certified any more
+    furthest = min(1.02 * max(float(radius.amax()), 0.0), 1.5 * float(thresholds[-1])) or 1.0
+    curve = torch.linspace(0.0, max(furthest, float(thresholds[-1])), CURVE, dtype=torch.float64)
+
+    def share(r: Tensor, at: Tensor) -> list[float]:
+        return [int((r > threshold).sum()) / len(r) for threshold in at]
+
+    methods = []
+    for k, bound in enumerate(certifier.bounds):
+        assert bound.pairs is not None
+        off = bound.pairs[~torch.eye(len(bound.pairs), dtype=torch.bool)]
+        methods.append(
+            MethodResult(
+                method=METHODS[k],
+                certified_accuracy=share(radius[:, k], thresholds),
+                curve_accuracy=share(radius[:, k], curve),
+                lipschitz=bound.lipschitz,
+                least_pair=float(off.min()),
+                greatest_pair=float(off.max()),
+                seconds=bound.seconds,
+            )
+        )
     return RobustnessReport(
-        method="prescribed",
+        model=model,
+        data=name,
+        dtype=str(net.dtype).removeprefix("torch."),
+        method=methods[-1].method,
         lipschitz=net.lipschitz,
+        proved_lipschitz=methods[-1].lipschitz,
+        empirical_lipschitz=empirical,
+        delta=certifier.delta,
         samples=samples,
-        natural_accuracy=natural / samples,
+        natural_accuracy=int(found["correct"].sum()) / samples,
         radii=thresholds.tolist(),
-        certified_accuracy=[int(count) / samples for count in certified],
-        unconverged=unconverged,
-        worst_error=worst,
+        certified_accuracy=methods[-1].certified_accuracy,
+        unconverged=int((~found["converged"]).sum()),
+        worst_error=float(found["error"].max()),
+        methods=methods,
+        curve_radii=curve.tolist(),
+        sample_radii=radius[:, -1].clamp(min=0.0).tolist(),
+        margins=found["margin"].tolist(),
+        stages=list(certifier.bounds[-1].stages),
+        attack=None if attack is None else _attacked(found, thresholds, attack),
+    )
+
+
+def _attacked(found: dict[str, Tensor], thresholds: Tensor, attack: AttackConfig) -> AttackResult:
+    count = len(found["stands"]) if attack.samples is None else min(attack.samples, len(found["stands"]))
+    stands, radius = found["stands"][:count], found["radius"][:count]
+    closed: list[float | None] = []
+    for k, threshold in enumerate(thresholds):
+        prescribed, certified = (int((radius[:, m] > threshold).sum()) for m in (0, -1))
+        gap = int(stands[:, k].sum()) - prescribed
+        closed.append((certified - prescribed) / gap if gap > 0 else None)
+    return AttackResult(
+        method=attack.method,
+        steps=attack.steps,
+        restarts=attack.restarts,
+        box=attack.box,
+        samples=count,
+        attacked_accuracy=[int(column.sum()) / count for column in stands.T],
+        gap_closed=closed,
+        broken=int(((radius[:, -1:] > thresholds) & ~stands).any(1).sum()),
+        seconds=0.0,
     )

@@ -1,4 +1,4 @@
-"""The command line: ``lipconvert plugins | demo | convert | validate | certify | info``.
+"""The command line: ``lipconvert plugins | demo | convert | validate | certify | tighten | info``.
 
 Exit codes: 0 done; 1 the claim does not hold (`EquivalenceError`, a failed validation); 2 bad input (any other
 `LipconvertError`, or a file that cannot be read or written); 130 interrupted. Results go to stdout, progress and errors
@@ -21,14 +21,19 @@ from typing import Annotated, Any, ParamSpec
 
 import torch
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table, box
+from rich.table import Table
+from rich.table import box as frames
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import checkpoint, data, demo
+from .attack import empirical_lipschitz
+from .bounds import lipschitz_bound
+from .certify import CLIMB, CLIMBERS
 from .certify import certify as certify_network
 from .convert import convert as convert_model
 from .errors import (
@@ -41,15 +46,19 @@ from .errors import (
 )
 from .network import Network
 from .registry import plugins as registered
+from .report import write as write_report
 from .schema import (
+    AttackConfig,
     ConversionReport,
     NetworkInfo,
     PluginList,
     PluginRecord,
     RobustnessReport,
+    StageProof,
     TrainConfig,
     ValidationReport,
 )
+from .shards import processes
 from .validate import validate as validate_network
 
 app = typer.Typer(
@@ -84,6 +93,12 @@ DeltaOption = Annotated[float, typer.Option("--delta", help="state each stage's 
 MergeOption = Annotated[bool, typer.Option("--merge", help="join neighbouring stages, and the glue beside them")]
 DenseOption = Annotated[
     bool, typer.Option("--dense", help="state layers on images densely, on flattened ones: any padding, small images")
+]
+MethodOption = Annotated[
+    str, typer.Option("--method", help="prescribed, pairwise or tightened; weaker ones are reported too")
+]
+SecondsOption = Annotated[
+    float | None, typer.Option("--seconds", help="for the search of multipliers; what is found by then is proved")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float64 or float32, of the converted network")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, nothing else")]
@@ -125,7 +140,7 @@ def _print_json(document: Any) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress(*, quiet: bool = False) -> Iterator[Progress]:
     """Bars on stderr; nothing where stderr is no terminal."""
     console = _console(stderr=True)
     columns = (
@@ -135,7 +150,7 @@ def _progress() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bars:
         yield bars
 
 
@@ -346,7 +361,7 @@ def _asks(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _step_table(info: NetworkInfo) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=frames.SIMPLE_HEAD)
     for heading in ("step", "in", "states", "out", "activations", "epsilon", "L", "parameters"):
         left = heading in ("step", "activations")
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
@@ -375,7 +390,7 @@ def _print_network(console: Console, info: NetworkInfo) -> None:
 
 
 def _print_validation(console: Console, report: ValidationReport) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=frames.SIMPLE_HEAD)
     for heading, justify in (("check", "left"), ("where", "left"), ("value", "right"), ("", "left"), ("bound", "left")):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     table.add_column("")
@@ -439,7 +454,7 @@ def plugins(as_json: JsonOption = False) -> None:
         _print_json(PluginList(plugins=records).model_dump(mode="json"))
         return
     console = _console()
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=frames.SIMPLE_HEAD)
     for heading in ("plugin", "from", "L", "covers", "paper"):
         table.add_column(heading, overflow="fold")
     for record in records:
@@ -534,26 +549,127 @@ def certify(
     radii: Annotated[
         str, typer.Option("--radii", help="l2 radii, pixels in [0, 1], separated by commas; fractions are read")
     ] = "36/255,72/255,108/255,1",
+    method: MethodOption = "tightened",
     limit: Annotated[int | None, typer.Option("--limit", help="only the first N samples")] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", metavar="OUT.html", help="write a page with figures, table and proofs")
+    ] = None,
+    attack: Annotated[
+        str | None, typer.Option("--attack", help="pgd, apgd or ensemble: an upper bound beside the certificate")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="of the attack")] = AttackConfig().steps,
+    restarts: Annotated[int, typer.Option("--restarts", help="of the attack")] = AttackConfig().restarts,
+    box: Annotated[
+        str | None, typer.Option("--box", metavar="0,1", help="the attack keeps pixels inside; else the whole l2 ball")
+    ] = None,
+    attack_samples: Annotated[int | None, typer.Option("--attack-samples", help="attack only the first N")] = None,
+    seconds: SecondsOption = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="keep finished shards there, and go on from them")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="samples evaluated at once")] = 256,
     weights: WeightsOption = None,
     option: OptionOption = None,
     as_json: JsonOption = False,
     *,
     asked: _Conversion,
 ) -> None:
-    """Natural and certified accuracy on a data set: margin > sqrt(2) L radius, the solver's error subtracted."""
+    """Natural and certified accuracy on a data set, proved for the floats that run. Under torchrun on several processes."""
     wanted = _numbers(radii, "--radii", _fraction)
+    config = None if attack is None else _attack(attack, steps, restarts, box, attack_samples)
     images = data.load(data_name, split, data_dir)
+    with processes() as (rank, _):
+        net = _network(model, weights, option, asked)
+        with _progress(quiet=rank > 0) as bars:
+            samples = data.Shaped(images, net.input_shape, limit)
+            report = certify_network(
+                net,
+                samples,
+                wanted,
+                method,
+                batch_size=batch_size,
+                attack=config,
+                seconds=seconds,
+                folder=resume,
+                seen=_shown(bars),
+                model=model,
+                name=f"{data_name}, {split}",
+            )
+        if rank > 0:
+            return
+        if report_file is not None:
+            write_report(report, report_file)
+        if as_json:
+            _print_json(report.model_dump(mode="json"))
+        else:
+            _print_robustness(_console(), report)
+
+
+@app.command()
+@_answers
+@_asks
+def tighten(
+    model: ModelOrCheckpoint,
+    method: Annotated[
+        str, typer.Option("--method", help="prescribed, pairwise, tightened, or sdp (small dense networks)")
+    ] = "tightened",
+    seconds: SecondsOption = None,
+    weights: WeightsOption = None,
+    option: OptionOption = None,
+    as_json: JsonOption = False,
+    *,
+    asked: _Conversion,
+) -> None:
+    """The best Lipschitz constants that can be proved for a network: of its output, and of every difference of two logits."""
     net = _network(model, weights, option, asked)
     with _progress() as bars:
-        samples = data.Shaped(images, net.input_shape, limit)
-        task = bars.add_task(f"certifying on {data_name}", total=len(samples))
-        samples.seen = functools.partial(bars.advance, task)
-        report = certify_network(net, samples, wanted)
+        bound = lipschitz_bound(net, method, seconds=seconds, seen=_shown(bars))
+        bars.add_task("an empirical Lipschitz constant", total=None)
+        start = torch.rand(CLIMBERS, *net.input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        report = bound.report(net, empirical_lipschitz(net, start, steps=CLIMB))
     if as_json:
         _print_json(report.model_dump(mode="json"))
-    else:
-        _print_robustness(_console(), report, f"{data_name}, {split}")
+        return
+    console = _console()
+    console.print(
+        f"L prescribed {report.prescribed:.7g}, proved {report.lipschitz:.7g} ({report.method}), "
+        f"met by a search: {report.empirical:.7g}"
+    )
+    if report.pairs:
+        constants = [pair.lipschitz for pair in report.pairs]
+        least, mean, most = min(constants), sum(constants) / len(constants), max(constants)
+        console.print(
+            f"differences of two logits: {least:.6g} to {most:.6g}, mean {mean:.6g}; "
+            f"√2·L prescribed: {2**0.5 * report.prescribed:.6g}"
+        )
+    _print_stages(console, report.stages)
+
+
+def _attack(method: str, steps: int, restarts: int, box: str | None, samples: int | None) -> AttackConfig:
+    bounds = None if box is None else tuple(_numbers(box, "--box", _fraction))
+    try:
+        return AttackConfig.model_validate(
+            {"method": method, "steps": steps, "restarts": restarts, "box": bounds, "samples": samples}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "--" + "-".join(str(part) for part in first["loc"][:1])
+        raise InvalidParameterError(where, repr(first["input"]), first["msg"]) from None
+
+
+def _shown(bars: Progress) -> Callable[[str, int, int | None], None]:
+    """One bar for each thing that is being done, in turn."""
+    tasks: dict[str, Any] = {}
+
+    def seen(what: str, done: int, total: int | None) -> None:
+        if what not in tasks:
+            for task in tasks.values():
+                bars.remove_task(task)
+            tasks.clear()
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    return seen
 
 
 def _network(model: str, weights: Path | None, option: Sequence[str] | None, asked: _Conversion) -> Network:
@@ -572,17 +688,54 @@ def _network(model: str, weights: Path | None, option: Sequence[str] | None, ask
     return net
 
 
-def _print_robustness(console: Console, report: RobustnessReport, title: str) -> None:
-    console.print(escape(f"{title}: {report.samples} samples, L = {report.lipschitz:.7g}"), soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD)
+def _print_robustness(console: Console, report: RobustnessReport) -> None:
+    console.print(escape(f"{report.data}: {report.samples} samples, {report.dtype}"), soft_wrap=True)
+    empirical = "" if report.empirical_lipschitz is None else f", met by a search: {report.empirical_lipschitz:.5g}"
+    inflated = f" (at L(1 + {report.delta:g}))" if report.delta else ""
+    console.print(
+        f"L prescribed {report.lipschitz:.7g}{inflated}, proved {report.proved_lipschitz:.5g}{empirical}",
+        soft_wrap=True,
+    )
+    table = Table(box=frames.SIMPLE_HEAD, title="certified accuracy (%)", title_justify="left")
     table.add_column("radius", justify="right")
-    table.add_column("accuracy (%)", justify="right")
-    table.add_row("natural", f"{100 * report.natural_accuracy:.2f}")
-    for radius, accuracy in zip(report.radii, report.certified_accuracy, strict=True):
-        table.add_row(f"{radius:.4f}", f"{100 * accuracy:.2f}")
+    for result in report.methods:
+        table.add_column(result.method, justify="right")
+    attack = report.attack
+    if attack is not None:
+        table.add_column(f"{attack.method}-{attack.steps}", justify="right")
+        table.add_column("gap closed", justify="right")
+    natural = f"{100 * report.natural_accuracy:.2f}"
+    table.add_row("natural", *[natural] * len(report.methods))
+    for k, radius in enumerate(report.radii):
+        row = [f"{radius:.4f}", *(f"{100 * result.certified_accuracy[k]:.2f}" for result in report.methods)]
+        if attack is not None:
+            closed = attack.gap_closed[k]
+            row += [f"{100 * attack.attacked_accuracy[k]:.2f}", "" if closed is None else f"{100 * closed:.0f} %"]
+        table.add_row(*row)
     console.print(table)
+    if attack is not None and attack.samples < report.samples:
+        console.print(f"the attack saw the first {attack.samples} samples", soft_wrap=True)
     if report.unconverged:
         console.print(f"{report.unconverged} samples did not converge and count as not certified", soft_wrap=True)
+    console.print(f"largest error bound of a logit difference that was subtracted: {report.worst_error:.1e}")
+
+
+def _print_stages(console: Console, stages: Sequence[StageProof]) -> None:
+    table = Table(box=frames.SIMPLE_HEAD)
+    table.add_column("step")
+    for heading in ("states", "L", "proved at", "delta", "mu", "rounding of H"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        table.add_row(
+            escape(stage.name),
+            "" if stage.states is None else str(stage.states),
+            f"{stage.prescribed:.7g}",
+            "-" if stage.proved is None else f"{stage.proved:.7g}",
+            "" if stage.delta is None else f"{stage.delta:g}",
+            "" if stage.mu is None else f"{stage.mu:.2e}",
+            "" if stage.rounding is None else f"{stage.rounding:.1e}",
+        )
+    console.print(table)
 
 
 @app.command()
@@ -638,7 +791,7 @@ def demo_command(
         _print_json(report.model_dump(mode="json"))
         return
     console = _console()
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="certified accuracy (%) at l2 radii, digits")
+    table = Table(box=frames.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="certified accuracy (%) at l2 radii, digits")
     rows = [demo.cells(row) for row in report.rows]
     for k, heading in enumerate(demo.HEADINGS):
         # In a narrow terminal headings are folded, numbers never.

@@ -146,11 +146,17 @@ def strict_multiplier(dae: DAE, delta: float) -> Tensor:
 
 
 def _cascade(dae: DAE) -> list[int]:
-    """The DAE's blocks, merged where an earlier one reads a later one: only a cascade may be weighted layer by layer."""
+    """The DAE's blocks, merged where an earlier one reads a later one: only a cascade may be weighted layer by layer.
+
+    What is small against the largest entry, in the gauge Λ = I, does not count: W rebuilt or cast has round-off everywhere,
+    and a multiplier is only a candidate.
+    """
     sizes: list[int] = []
     offset = 0
+    size_W = unit_gauge(dae.Lambda.unsqueeze(-1) * dae.W, dae.Lambda).abs()
+    reads = size_W > 1e-5 * size_W.max() if size_W.numel() else size_W != 0
     for size in dae.blocks:
-        if offset and not bool((dae.W[..., :offset, offset:] != 0).any()):
+        if offset and not bool(reads[..., :offset, offset:].any()):
             sizes.append(size)
         elif sizes:
             sizes[-1] += size

@@ -1,16 +1,22 @@
-"""Labelled images with pixels in [0, 1]: scikit-learn's digits, and the torchvision sets where their files are on disk.
+"""Labelled images with pixels in [0, 1]: scikit-learn's digits, and what is on disk: the torchvision sets where their files
+are, Parquet files as Hugging Face lays them out, and folders of images as torchvision's ImageFolder does.
 
 Nothing is ever downloaded.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -102,19 +108,35 @@ _TORCHVISION = {
     "cifar100": _Torchvision("CIFAR100", "cifar-100-python", ("train", "test", "meta")),
 }
 
-NAMES = ("digits", *_TORCHVISION)
+# Columns of a Parquet file, one of each.
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+_NUMBERED = re.compile(r"-(\d+)-of-(\d+)")
+
+NAMES = ("digits", *_TORCHVISION, "parquet:DIR", "folder:DIR")
 
 
 def load(name: str, split: str = "test", data_dir: str | Path = "data") -> Images:
     """A data set of `NAMES`, its ``"train"`` or ``"test"`` part.
 
-    ``digits`` (8x8, 1437 + 360 samples) comes with scikit-learn; the others are read from ``data_dir``.
+    * ``digits`` (8x8, 1437 + 360 samples) comes with scikit-learn;
+    * ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100`` are read from ``data_dir``, as torchvision keeps them;
+    * ``parquet:DIR`` reads DIR/test.parquet, or all of DIR/test-*.parquet: an image column (PNG or JPEG as bytes, or a struct
+      with ``bytes``; `IMAGE_COLUMNS`) and one of integer labels (`LABEL_COLUMNS`). It needs the extra ``parquet``;
+    * ``folder:DIR`` reads DIR/test/CLASS/*.png, *.jpg, ...: the labels count the classes in the order of their names.
+
+    The images of the last two must be of one size, with 8 bits per channel. They are grey if all of them are, else RGB.
+
     Raises `InvalidParameterError` for an unknown name or part, `DataError` for files that are missing or damaged.
     """
-    if name not in NAMES:
+    kind, _, folder = name.partition(":")
+    reader = _READERS.get(kind) if folder else None
+    if reader is None and name not in NAMES:
         raise InvalidParameterError("data", repr(name), f"it must be one of {', '.join(NAMES)}")
     if split not in SPLITS:
         raise InvalidParameterError("split", repr(split), f"it must be one of {', '.join(SPLITS)}")
+    if reader is not None:
+        return reader(name, split, Path(folder))
     return _digits(split) if name == "digits" else _torchvision(name, split, Path(data_dir))
 
 
@@ -152,3 +174,129 @@ def _torchvision(name: str, split: str, root: Path) -> Images:
     # MNIST has (N, H, W), CIFAR (N, H, W, C).
     pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     return Images(pixels, torch.as_tensor(found.targets), 255.0, name)
+
+
+def _parquet(name: str, split: str, root: Path) -> Images:
+    try:
+        pyarrow, parquet = (import_module(module) for module in ("pyarrow", "pyarrow.parquet"))
+    except ImportError as error:
+        raise DataError(name, f"it needs the extra: pip install 'lipconvert[parquet]' ({error})") from error
+    labels: list[int] = []
+
+    def rows() -> Iterator[tuple[str, bytes]]:
+        for path in _shards(name, split, root):
+            try:
+                with parquet.ParquetFile(path) as file:
+                    image, label = _columns(name, path, file.schema_arrow, pyarrow.types)
+                    row = 0
+                    for batch in file.iter_batches(batch_size=1024, columns=[image, label]):
+                        for content, number in zip(*(batch.column(c).to_pylist() for c in (image, label)), strict=True):
+                            where = f"row {row} of {path}"
+                            if number is None or number < 0:
+                                raise DataError(name, f"{where} has no label: {number}")
+                            content = content["bytes"] if isinstance(content, dict) else content
+                            if content is None:
+                                raise DataError(name, f"{where} holds no image")
+                            labels.append(number)
+                            yield where, content
+                            row += 1
+            except (OSError, pyarrow.ArrowException) as error:
+                raise DataError(name, f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+    pixels = _decoded(name, rows())
+    return Images(pixels, torch.tensor(labels), 255.0, name)
+
+
+def _shards(name: str, split: str, root: Path) -> list[Path]:
+    """The Parquet files of a part, in order, and all of them where their names say how many there are."""
+    whole = root / f"{split}.parquet"
+    files = [whole] if whole.is_file() else sorted(root.glob(f"{split}-*.parquet"))
+    if not files:
+        raise DataError(name, f"neither {whole.name} nor {split}-*.parquet found in {root}")
+    for path in files:
+        numbered = _NUMBERED.search(path.name)
+        if numbered and int(numbered[2]) != len(files):
+            raise DataError(name, f"{path.name} says {int(numbered[2])} files, but {root} holds {len(files)} of them")
+    return files
+
+
+def _columns(name: str, path: Path, schema: Any, types: Any) -> tuple[str, str]:
+    """The names of the image and of the label column of a file."""
+    found = []
+    for what, columns in (("image", IMAGE_COLUMNS), ("label", LABEL_COLUMNS)):
+        there = [column for column in columns if column in schema.names]
+        if len(there) != 1:
+            has = f"{', '.join(there) or 'none'}, of the columns {', '.join(schema.names)}"
+            raise DataError(name, f"{path} must have one {what} column ({' or '.join(columns)}), but it has {has}")
+        found.append(there[0])
+    image, label = (schema.field(column).type for column in found)
+    if types.is_struct(image):
+        image = image.field("bytes").type if image.get_field_index("bytes") >= 0 else None
+    if image is None or not (types.is_binary(image) or types.is_large_binary(image)):
+        wanted = "it must hold PNG or JPEG files as bytes, or structs with such 'bytes'"
+        raise DataError(name, f"column {found[0]!r} of {path} has type {schema.field(found[0]).type}, but {wanted}")
+    if not types.is_integer(label):
+        several = ": more than one label for an image" if types.is_list(label) or types.is_large_list(label) else ""
+        raise DataError(name, f"column {found[1]!r} of {path} has type {label}, but it must be an integer{several}")
+    return found[0], found[1]
+
+
+def _folder(name: str, split: str, root: Path) -> Images:
+    from torchvision import datasets
+
+    try:
+        found = datasets.ImageFolder(root / split)
+        for other in SPLITS:  # a class that one part lacks would shift the labels of those behind it
+            classes = found.find_classes(root / other)[0] if (root / other).is_dir() else found.classes
+            if odd := sorted(set(classes) ^ set(found.classes)):
+                raise DataError(name, f"{', '.join(odd)} is in one of {', '.join(SPLITS)} only: labels would not agree")
+    except OSError as error:
+        raise DataError(
+            name, f"images are looked for in {root / split}/CLASS/*.png, *.jpg, ... ({type(error).__name__}: {error})"
+        ) from error
+    pixels = _decoded(name, ((path, _content(name, path)) for path, _ in found.samples))
+    return Images(pixels, torch.tensor(found.targets), 255.0, name)
+
+
+def _content(name: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(name, f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _decoded(name: str, files: Iterable[tuple[str, bytes]]) -> Tensor:
+    """Image files, each with words for where it is, as uint8 (N, C, H, W)."""
+    images: list[Tensor] = []
+    first = ""
+    for where, content in files:
+        images.append(_decode(name, where, content))
+        first = first or where
+        sizes = [f"{w}x{h}" for h, w in (images[0].shape[1:], images[-1].shape[1:])]
+        if sizes[0] != sizes[1]:
+            raise DataError(name, f"{where} has {sizes[1]} pixels, but {first} has {sizes[0]}: all must be of one size")
+    if not images:
+        raise DataError(name, "there are no images")
+    channels = max(len(image) for image in images)
+    return torch.stack([image.expand(channels, -1, -1) for image in images])
+
+
+def _decode(name: str, where: str, content: bytes) -> Tensor:
+    """An image file as uint8 (1, H, W) or (3, H, W)."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(name, f"{where} is an image of mode {image.mode}, but 8 bits per channel are needed")
+            grey = image.mode in ("1", "L", "LA")
+            opaque = image.convert("RGBA") if image.mode == "P" else image
+            pixels = np.array(opaque.convert("L" if grey else "RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(
+            name, f"{where} is not an image that can be decoded ({type(error).__name__}: {error})"
+        ) from error
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+
+_READERS: dict[str, Callable[[str, str, Path], Images]] = {"parquet": _parquet, "folder": _folder}

@@ -343,11 +343,6 @@ def _in_coordinates(grid: Grid, sigma: Elementwise) -> Elementwise:
     return _OnPixels(grid, [(n, None if a.name == "identity" else Activations(a, n)) for a, n in sigma])
 
 
-def one_step(map: StateMap, sigma: Activations, z: Tensor, u: Tensor) -> Tensor:
-    """σ(Wz + u), in coordinates."""
-    return _in_coordinates(map.grid, sigma)(map.grid.apply_onto(u, map.W, z))
-
-
 class _Equilibrium(torch.autograd.Function):
     """z(W, u) with the implicit function theorem as its derivative.
 

@@ -229,3 +229,14 @@ class NoCertificateError(LipconvertError):
     def __init__(self, where: str, reason: str) -> None:
         self.where = where
         super().__init__(f"{where}: no certificate: {reason}")
+
+
+class ProcessError(LipconvertError):
+    """Another process of the same run failed, so that its part of the results is missing.
+
+    Attributes: ``process`` (its rank; None where it ended without a word), ``reason``.
+    """
+
+    def __init__(self, process: int | None, reason: str) -> None:
+        self.process, self.reason = process, reason
+        super().__init__(f"{'another process' if process is None else f'process {process}'} failed: {reason}")

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from .activations import Activation, Activations, activation_of
 from .construction import assemble, construct
 from .dae import DAE
-from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, one_step, solve
-from .errors import InvalidParameterError, NoCertificateError, ShapeError
+from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, solve
+from .errors import InvalidParameterError, ShapeError
 from .spectrum import Grid, require_finite
-from .state_map import ErrorBound, StateMap, triangular_blocks
+from .state_map import StateMap, triangular_blocks
 
 
 @dataclass
 class _Assembled:
     """What inference reuses while the parameters stay: W, U and G as matrices, the rows of U that hold anything and whether
-    they are I (as for every residual network), the error bound once asked."""
+    they are I (as for every residual network)."""
 
     key: tuple[object, ...]
     map: StateMap
@@ -36,7 +36,6 @@ class _Assembled:
     G: Tensor
     driven: slice
     copies: bool
-    bound: ErrorBound | None = None
 
 
 class LBEN(nn.Module):
@@ -177,20 +176,22 @@ class LBEN(nn.Module):
         with torch.no_grad():
             Psi = self.log_psi.double().exp()
             G, U, V, S = (self.grid.matrices(p.double()) for p in (self.G, self.U, self.V, self.S))
-            W = assemble(Psi, G, U, V, S, self.epsilon, self.lipschitz)
-        return DAE(
-            W,
-            U,
-            G,
-            Psi.reciprocal(),
-            self.b_z,
-            self.b_y,
-            self.sigma,
-            self.lipschitz,
-            blocks=self.blocks,
-            name=self.name,
-            grid=self.grid,
-        )
+            return self._with(assemble(Psi, G, U, V, S, self.epsilon, self.lipschitz), U, G, Psi.reciprocal())
+
+    def running(self) -> DAE:
+        """The floats in use, widened to float64 without rounding: W, U and G as assembled in the module's own precision.
+
+        `dae` rebuilds W in float64; this is what a certificate speaks of. Λ = Ψ⁻¹ is only a multiplier.
+        """
+        with torch.no_grad():
+            assembled = self._assembled()
+            U = assembled.U.new_zeros(*self.grid.batch, len(self.b_z), self.U.shape[1])
+            U[..., assembled.driven, :] = assembled.U
+            return self._with(assembled.map.W, U, assembled.G, self.log_psi.double().neg().exp())
+
+    def _with(self, W: Tensor, U: Tensor, G: Tensor, Lambda: Tensor) -> DAE:
+        rest = {"blocks": self.blocks, "name": self.name, "grid": self.grid}
+        return DAE(W, U, G, Lambda, self.b_z, self.b_y, self.sigma, self.lipschitz, **rest)
 
     def state_map(self) -> StateMap:
         """z → Wz for the weights as they are, assembled once per change of them; see `refresh`."""
@@ -273,26 +274,6 @@ class LBEN(nn.Module):
         """y = Gz + b_y for states in coordinates, without gradient to G: (B, n) → (B, q), or (B, n, F) → (B, q, h, w)."""
         G = (assembled or self._assembled()).G
         return self.grid.values(self.grid.affine(G, z, self.b_y))
-
-    def output(self, x: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
-        """y = Gs + b_y (B, q, ...) at s = σ(Wz + u), one evaluation after a solve of the batch x (B, p, ...), and a bound of
-        ‖G(s − z*)‖ (B,), float64, z* the exact equilibrium (`StateMap.error_bound`); round-off is not included.
-
-        Raises `NoCertificateError` when no metric at hand makes I − W strongly monotone and ρ(|W|) ≥ 1.
-        """
-        with torch.no_grad():
-            assembled = self._assembled()
-            map, z, u = assembled.map, solution.value, self.drive(self._flat(x), assembled)
-            s = one_step(map, self.sigma, z, u)
-            if assembled.bound is None:
-                assembled.bound = map.error_bound(assembled.G, self.lipschitz)
-            if not assembled.bound:
-                raise NoCertificateError(
-                    self.name,
-                    "condition (3) has no margin with Λ = Ψ⁻¹ and |W| has spectral radius ≥ 1, so the error of an inexact "
-                    "solve cannot be bounded. Convert with epsilon > 0 and delta > 0 for a strict start.",
-                )
-            return self.readout(s, assembled), assembled.bound(map.apply(z - s))
 
     def forward(self, x: Tensor) -> Tensor:
         """y = Gz + b_y: (..., p) → (..., q), or (..., p, h, w) → (..., q, h, w)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +13,6 @@ from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .glue import core_lipschitz
 from .lben import LBEN
 from .schema import NetworkInfo, StageInfo
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Logits with a bound of what the equilibrium solves may have left in them.
-
-    ``value`` (B, q); ``error`` (B,): a bound of ‖value − exact output‖₂, the residual of every stage carried through the
-    constants of what follows it (evaluation round-off not included); ``converged`` (B,) bool; ``methods`` of the stages.
-    """
-
-    value: Tensor
-    error: Tensor
-    converged: Tensor
-    methods: tuple[str, ...]
 
 
 class Network(nn.Module):
@@ -91,7 +76,8 @@ class Network(nn.Module):
             stage.options = options
         return self
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def checked(self, x: Tensor) -> Tensor:
+        """A batch (B, *input_shape) in the network's dtype. Raises `ShapeError`, `InvalidParameterError` for integers."""
         if tuple(x.shape[1:]) != self.input_shape or x.dim() < 1:
             shape = ", ".join(["B", *map(str, self.input_shape)])
             raise ShapeError(
@@ -105,34 +91,10 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, *input_shape) -> (B, q)
         """The output for a batch, in the network's dtype (the input is cast to it)."""
-        x = self._checked(x)
+        x = self.checked(x)
         for step in self.steps:
             x = step(x)
         return x
-
-    def evaluate(self, x: Tensor) -> Evaluation:
-        """Outputs of a batch with a bound of the error left by inexact solves (FORMULAS 6); no gradient.
-
-        Samples that do not converge are marked, not raised: nothing may be certified about them.
-        Raises `NoCertificateError` when a stage offers no bound: neither a diagonal metric with margin in (3) nor a
-        spectral radius of |W| below 1 (`StateMap.error_bound`).
-        """
-        with torch.no_grad():
-            x = self._checked(x)
-            error = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-            converged = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            methods = []
-            for step, L in zip(self.steps, self.step_lipschitz, strict=True):
-                error = L * error
-                if isinstance(step, LBEN):
-                    solution = step.solve(x, replace(step.options, throw=False))
-                    x, bound = step.output(x, solution)
-                    error = error + bound
-                    converged &= solution.converged
-                    methods.append(solution.method)
-                else:
-                    x = step(x)
-            return Evaluation(x, error, converged, tuple(methods))
 
     def methods(self, x: Tensor) -> list[str]:
         """Which solver each stage takes for a batch, in order."""

@@ -7,6 +7,7 @@ formula of the core, broadcasts over leading dimensions, so both go through the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .errors import InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
+from .rounding import gamma, operations
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,21 @@ class Grid:
         spectrum = M.conj().permute(1, 2, 0).resolve_conj().contiguous()
         return torch.fft.irfft2(spectrum.reshape(*M.shape[1:], self.image[0], self._half), s=self.image)
 
+    def matrices_error(self, K: Tensor, M: Tensor) -> Tensor:
+        """Entrywise bounds (F, rows, cols) of |M − exact spectra of the kernels K|, M as some FFT computed them.
+
+        No FFT is trusted: the sums are formed again as two matrix products, whose rounding is bounded
+        (`lipconvert.rounding`); cos and sin of angles within [−π, π] are within 16u of their values.
+        """
+        h, w = self.image
+        K, slack = K.detach().to("cpu", torch.float64), 1.0 + 2e-9
+        rows, columns = _fourier(h, h), _fourier(w, self._half)
+        along = K.to(torch.complex128) @ columns
+        exact = (rows @ along).conj().flatten(2).permute(2, 0, 1)
+        per_term = gamma(operations(w + 2, columns)) + gamma(operations(h + 2, rows)) + 40.0 * 2.0**-53
+        bound = per_term * K.abs().sum((2, 3)) * slack
+        return (M.detach().to("cpu", torch.complex128) - exact).abs() * slack + bound
+
     def asymmetry(self, M: Tensor) -> float:
         """The largest |M(−ω) − conj M(ω)| where the half spectrum (F, rows, cols) holds both: 0 for real kernels."""
         if not self.image or not M.numel():
@@ -172,6 +189,14 @@ class Grid:
 def _require_float(x: Tensor, what: str) -> None:
     if x.dtype not in (torch.float32, torch.float64):
         raise InvalidParameterError(f"the dtype of {what}", x.dtype, "their transform takes float32 or float64")
+
+
+def _fourier(size: int, count: int) -> Tensor:
+    """exp(−2πi jk/size), (size, count), symmetric: angles reduced to [−π, π] in integers."""
+    product = torch.outer(torch.arange(size), torch.arange(count)) % size
+    product = torch.where(2 * product > size, product - size, product)
+    angle = product.double() * (-2.0 * math.pi / size)
+    return torch.complex(angle.cos(), angle.sin())
 
 
 @cache

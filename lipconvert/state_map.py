@@ -6,7 +6,6 @@ W is dense, or one matrix for each frequency of a grid; another representation (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidParameterError, ShapeError
-from .spectrum import DENSE, Grid, least_eigenvalue, linear_solve, lu_factor, spectral_norm
+from .spectrum import DENSE, Grid, least_eigenvalue, linear_solve, lu_factor
 
 
 def triangular_blocks(W: Tensor) -> tuple[int, ...] | None:
@@ -40,30 +39,6 @@ def triangular_blocks(W: Tensor) -> tuple[int, ...] | None:
 def falling_weights(count: int, delta: float) -> list[float]:
     """(1+δ)^{1 − 2(k+1)/(N+1)} for k = 0..N−1: a multiplier's weights along a cascade of N layers (FORMULAS 3)."""
     return [(1.0 + delta) ** (1.0 - 2.0 * (k + 1) / (count + 1)) for k in range(count)]
-
-
-@dataclass(frozen=True)
-class ErrorBound:
-    """What d = W(z − s), s = σ(Wz + u), says of ‖G(s − z*)‖; built by `StateMap.error_bound`.
-
-    ``metrics``: pairs (P^{1/2} (n,), c) with ‖G(s − z*)‖ ≤ c |d|_P. ``comparison``: |G|N (q, n) with
-    |G(s − z*)| ≤ |G|N |d| entry by entry, or None. On a ``grid`` |·| is the l2 norm of a channel.
-    """
-
-    metrics: tuple[tuple[Tensor, float], ...]
-    comparison: Tensor | None
-    grid: Grid = DENSE
-
-    def __bool__(self) -> bool:
-        return bool(self.metrics) or self.comparison is not None
-
-    def __call__(self, d: Tensor) -> Tensor:  # (B, n) or (B, n, F) -> (B,)
-        """The smallest of the bounds, per sample, float64."""
-        d = self.grid.channel_norms(d.to(torch.complex128 if d.is_complex() else torch.float64))
-        bounds = [factor * torch.linalg.vector_norm(d * root, dim=-1) for root, factor in self.metrics]
-        if self.comparison is not None:
-            bounds.append(torch.linalg.vector_norm(d @ self.comparison.mT, dim=-1))
-        return torch.stack(bounds).amin(0)
 
 
 class StateMap:
@@ -218,7 +193,7 @@ class StateMap:
         return least_eigenvalue(A) - allowance, A
 
     @property
-    def _metrics(self) -> list[Tensor]:
+    def metrics(self) -> list[Tensor]:
         """Diagonal metrics worth trying, (n,), float64: Λ, and Λ with weights that fall along the blocks.
 
         At ε = 0 a converted network has X(Λ) singular, often; the second one is what makes a cascade strictly monotone.
@@ -232,23 +207,6 @@ class StateMap:
         repeats = torch.tensor(self.blocks, device=Lambda.device)
         return [Lambda, Lambda * (weights.flip(0) if self.reverse else weights).repeat_interleave(repeats)]
 
-    def error_bound(self, G: Tensor, lipschitz: float) -> ErrorBound:
-        """How far an inexact solve may move the output Gz, from one evaluation after it.
-
-        For every diagonal metric P with X(P) ⪰ 2μP, μ > 0: |s − z*|_P ≤ |d|_P/μ (FORMULAS f1), so c = ‖GP^{-1/2}‖/μ; in the
-        metric Λ, for which (10) holds with L = ``lipschitz``, c = √(2L/μ) too (FORMULAS f4). `comparison` covers the rest.
-        ``G`` (q, n), or (F, q, n) on a grid.
-        """
-        G = G.detach().to(torch.complex128 if self.grid else torch.float64)
-        metrics = []
-        for k, P in enumerate(self._metrics):
-            mu, _ = self._monotone_in(P)
-            if mu > 0.0:
-                factor = float(spectral_norm(G * P.rsqrt())) / mu
-                metrics.append((P.sqrt(), min(factor, (2.0 * lipschitz / mu) ** 0.5) if k == 0 else factor))
-        N, size = self.comparison, G.abs().amax(0) if self.grid else G.abs()
-        return ErrorBound(tuple(metrics), None if N is None else size @ N, self.grid)
-
     @cached_property
     def splitting_steps(self) -> tuple[float, float]:
         """(fast, safe) steps α of Peaceman-Rachford: min(1, 1/√(μℓ)) and min(fast, 1/ℓ) in the best metric, (1, 1) without.
@@ -258,7 +216,7 @@ class StateMap:
         to a few directions. Where the skew part dominates, 1/ℓ is what keeps the rate at 1 − μ/ℓ. Any α > 0 converges, so a
         few power iterations from a fixed vector are enough; nothing is proved by them.
         """
-        found = [pair for pair in map(self._estimated_in, self._metrics) if pair[0] > 0.0] if self.states else []
+        found = [pair for pair in map(self._estimated_in, self.metrics) if pair[0] > 0.0] if self.states else []
         if not found:
             return 1.0, 1.0
         mu, ell = max(found, key=lambda pair: pair[0] / pair[1])

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import struct
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from lipconvert_plugins.mondeq import MonDEQ
+from PIL import Image
 from torch import nn
 
 import lipconvert as lc
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("measure", "against_reference", "forward", "public_weights", "scaling")
+NAMES = ("measure", "against_reference", "certificates", "forward", "public_weights", "scaling")
 
 # What the paper's code promises to against_reference: two classes, one configuration, a state dict of these names.
 STAND_IN = """
@@ -308,3 +312,108 @@ def test_error_rate(benchmark_module):
 
 def test_timed(measure):
     assert measure.timed(lambda: time.sleep(0.002)) >= 0.002
+
+
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    """Stripes instead of MNIST, as many as there are classes and wide as the class: some are certified after one epoch."""
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 60), ("t10k", 30)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = rng.integers(0, 30, (count, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label : 2 * label + 4] = 220
+        write_idx(tmp_path / "MNIST" / "raw" / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(tmp_path / "MNIST" / "raw" / f"{prefix}-labels-idx1-ubyte", labels)
+    return tmp_path
+
+
+def certificates(module, folder, *arguments):
+    """The exit status, what was written, and the markdown."""
+    target, table = folder / "numbers.json", folder / "numbers.md"
+    common = ["--quick", "--threads", "1", "--data-dir", str(folder), "--out", str(folder / "out")]
+    status = module.main([*common, "--json", str(target), "--markdown", str(table), *arguments])
+    return status, json.loads(target.read_text()), table.read_text(encoding="utf-8")
+
+
+def test_certificates(benchmark_module, few_images, capsys):
+    module = benchmark_module("certificates")
+    status, found, table = certificates(module, few_images, "--only", "aol", "cpl", "sll-conv")
+    output = " ".join(capsys.readouterr().out.split())
+    assert "sll-conv is skipped" in output
+    assert status == 0
+    assert [(r["network"], r["dtype"]) for r in found["results"]] == [
+        (name, dtype) for name in ("aol", "cpl") for dtype in ("float64", "float32")
+    ]
+    for result in found["results"]:
+        assert result["max_difference"] < 1e-10
+        weaker = result["methods"][0]["certified_accuracy"]
+        for entry in result["methods"]:
+            assert all(a >= b for a, b in zip(entry["certified_accuracy"], weaker, strict=True))
+            if entry["mean_pair"] is not None:
+                assert entry["least_pair"] <= entry["mean_pair"] * (1 + 1e-12)
+                assert entry["mean_pair"] <= entry["greatest_pair"] * (1 + 1e-12)
+            weaker = entry["certified_accuracy"]
+    floors = {floor["name"]: floor for floor in found["floors"]}
+    assert [name for name, floor in floors.items() if floor["value"] is not None] == [
+        "certified samples that changed their class"
+    ]
+    assert "met: certified samples that changed their class: 0" in table
+    assert "| aol | float32 | tightened |" in table
+    assert str(few_images) not in table
+    # trained once: with its weights at hand a run gives the same numbers
+    _, again, _ = certificates(module, few_images, "--only", "aol")
+    assert "trained in" not in capsys.readouterr().out
+    assert [r["methods"][-1]["certified_accuracy"] for r in again["results"]] == [
+        r["methods"][-1]["certified_accuracy"] for r in found["results"][:2]
+    ]
+
+
+def test_certificates_of_the_papers_network(benchmark_module, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 10)):
+        images = []
+        for _ in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
+            images.append(buffer.getvalue())
+        labels = [k % 10 for k in range(count)]
+        parquet.write_table(pyarrow.table({"img": images, "label": labels}), tmp_path / f"{split}.parquet")
+    _, found, table = certificates(
+        benchmark_module("certificates"), tmp_path, "--only", "sll-conv", "--cifar", str(tmp_path)
+    )
+    assert "CIFAR-10 (JPEG q75)" in table
+    for result in found["results"]:  # first features of a residual network: the one constant that cannot be better
+        assert result["methods"][-1]["least_pair"] == pytest.approx(2**0.5, rel=1e-5)
+
+
+def test_certificates_count_what_changes_its_class(benchmark_module, few_images, monkeypatch):
+    module = benchmark_module("certificates")
+    monkeypatch.setattr(module, "INSIDE", 50.0)  # aimed far outside of what is certified
+    status, found, _ = certificates(module, few_images, "--only", "aol")
+    (broken,) = [floor for floor in found["floors"] if floor["name"].startswith("certified samples that")]
+    assert status == 1
+    assert broken["value"] >= 1
+    assert not broken["passed"]
+
+
+def test_certificates_without_data(benchmark_module, tmp_path, capsys):
+    module = benchmark_module("certificates")
+    status, found, _ = certificates(module, tmp_path)
+    assert status == 0
+    assert found["results"] == []
+    assert capsys.readouterr().out.count("is skipped") == len(module.NETWORKS)
+
+
+def test_a_floor_from_below(benchmark_module):
+    AtLeast = benchmark_module("certificates").AtLeast
+    assert AtLeast("x", 2.0, 1.0).passed
+    assert AtLeast("x", None, 1.0).passed
+    assert not AtLeast("x", 0.5, 1.0).passed
+    assert str(AtLeast("x", 0.5, 1.0)) == "x: 0.5, at least 1"

@@ -17,7 +17,15 @@ from typer.testing import CliRunner
 
 import lipconvert as lc
 from lipconvert import cli, data, demo
-from lipconvert.schema import DemoReport, NetworkInfo, PluginList, RobustnessReport, ValidationReport
+from lipconvert.schema import (
+    AttackConfig,
+    DemoReport,
+    LipschitzReport,
+    NetworkInfo,
+    PluginList,
+    RobustnessReport,
+    ValidationReport,
+)
 
 
 def flat():
@@ -202,12 +210,98 @@ def test_certify_counts_margins(factory, models):
     assert report.samples == 100
     assert report.lipschitz == pytest.approx(L, rel=1e-14)  # one product
     assert report.radii == [0.01, 36 / 255]
-    # Counts out of 100: margins are equal to 1e-14 and none lies that close to a threshold.
-    assert [report.natural_accuracy, *report.certified_accuracy] == expected
+    # Counts out of 100: margins are equal to 1e-14, δ is 1e-6, and none lies that close to a threshold.
+    assert [report.natural_accuracy, *report.methods[0].certified_accuracy] == expected
+    assert all(best >= least for best, least in zip(report.certified_accuracy, expected[1:], strict=True))
     assert expected[0] > 0.0
     run("convert", f"my_models:{factory}", "--out", "net.safetensors")
-    assert as_json("certify", "net.safetensors", *arguments[2:]) == report.model_dump(mode="json")
+    again = RobustnessReport.model_validate(as_json("certify", "net.safetensors", *arguments[2:]))
+    assert (again.certified_accuracy, again.margins) == (report.certified_accuracy, report.margins)
     assert f"{100 * expected[0]:.2f}" in run(*arguments).stdout
+
+
+def test_certify_beside_an_attack(models, tmp_path):
+    """The numbers are those of the Python API on the same data; the page is written; the second time nothing is computed."""
+    arguments = (
+        "certify",
+        "my_models:flat",
+        "--data",
+        "digits",
+        "--limit",
+        40,
+        "--radii",
+        "0.05,36/255",
+        "--batch-size",
+        16,
+    )
+    options = ("--attack", "apgd", "--steps", 5, "--restarts", 2, "--box", "0,1", "--attack-samples", 30)
+    files = ("--report", "out/page.html", "--resume", "parts")
+    report = RobustnessReport.model_validate(as_json(*arguments, *options, *files))
+    samples = data.Shaped(data.load("digits"), (64,), 40)
+    config = AttackConfig(method="apgd", steps=5, restarts=2, box=(0.0, 1.0), samples=30)
+    expected = lc.certify(lc.convert(flat()), samples, [0.05, 36 / 255], batch_size=16, attack=config)
+    assert (report.attack.method, report.attack.samples, report.attack.box) == ("apgd", 30, (0.0, 1.0))
+    assert report.attack.attacked_accuracy == expected.attack.attacked_accuracy
+    assert report.certified_accuracy == expected.certified_accuracy
+    assert report.sample_radii == pytest.approx(expected.sample_radii, rel=1e-9)
+    assert report.attack.broken == 0
+    assert (report.model, report.data) == ("my_models:flat", "digits, test")
+    assert (tmp_path / "out" / "page.html").read_text(encoding="utf-8").lower().startswith("<!doctype html>")
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["shard-00000.safetensors"]
+    written = (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns
+    shown = run(*arguments, *options, *files).stdout
+    assert (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns == written
+    assert f"{100 * report.attack.attacked_accuracy[0]:.2f}" in shown
+    assert "apgd-5" in shown
+    assert "the attack saw the first 30 samples" in shown
+    assert "folder" in run(*arguments, "--resume", "parts", "--method", "prescribed", code=2).stderr
+
+
+@pytest.mark.parametrize("method", ["prescribed", "pairwise"])
+def test_certify_by_a_weaker_method(method):
+    arguments = ("certify", "my_models:flat", "--data", "digits", "--limit", 20, "--method", method)
+    report = RobustnessReport.model_validate(as_json(*arguments))
+    assert (report.method, report.methods[-1].method) == (method, method)
+    assert "tightened" not in run(*arguments).stdout
+
+
+@pytest.mark.parametrize("factory", ["flat", "convolution"])
+def test_tighten_prints_what_is_proved(factory, models):
+    found = LipschitzReport.model_validate(as_json("tighten", f"my_models:{factory}"))
+    net = lc.convert(getattr(models, factory)())
+    expected = lc.lipschitz_bound(net)
+    assert found.lipschitz == pytest.approx(expected.lipschitz, rel=1e-9)
+    assert found.prescribed == pytest.approx(1.0, rel=1e-14)
+    assert len(found.pairs) == 45
+    assert all(p.lipschitz == pytest.approx(float(expected.pairs[p.i, p.j]), rel=1e-9) for p in found.pairs)
+    shown = run("tighten", f"my_models:{factory}").stdout
+    assert f"{found.lipschitz:.7g}" in shown
+    assert all(stage.name in shown for stage in found.stages if stage.kind == "lben")
+    run("convert", f"my_models:{factory}", "--out", "net.safetensors")
+    again = LipschitzReport.model_validate(as_json("tighten", "net.safetensors", "--method", "pairwise"))
+    assert (again.method, again.prescribed) == ("pairwise", found.prescribed)
+    assert all(p.lipschitz >= q.lipschitz * (1 - 1e-9) for p, q in zip(again.pairs, found.pairs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("certify", "my_models:flat", "--data", "digits", "--method", "hope"), "method"),
+        (("certify", "my_models:flat", "--data", "digits", "--seconds", "-1"), "seconds"),
+        (("certify", "my_models:flat", "--data", "digits", "--batch-size", "0"), "batch_size"),
+        (("certify", "my_models:flat", "--data", "digits", "--attack", "hope"), "--method"),
+        (("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--steps", "0"), "--steps"),
+        (("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--box", "1"), "--box"),
+        (("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--box", "1,0"), "box"),
+        (("tighten", "my_models:flat", "--method", "hope"), "method"),
+        (("tighten", "my_models:flat", "--seconds", "0"), "seconds"),
+    ],
+)
+def test_what_a_certificate_cannot_be_asked_for(arguments, said):
+    result = run(*arguments, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -473,7 +567,7 @@ def test_an_unknown_architecture():
     assert "resnet" in run("demo", "--architecture", "resnet", code=2).stderr
 
 
-@pytest.mark.parametrize("command", ["plugins", "demo", "convert", "validate", "certify", "info"])
+@pytest.mark.parametrize("command", ["plugins", "demo", "convert", "validate", "certify", "tighten", "info"])
 def test_every_command_has_help_and_json(command):
     assert "--json" in run(command, "--help").stdout
 

@@ -10,6 +10,8 @@ from lipconvert_plugins.sll import SLLNetwork
 from torch import Tensor, nn
 
 import lipconvert as lc
+from lipconvert.accuracy import Accuracy
+from lipconvert.bounds import Bounds
 
 pytestmark = pytest.mark.gpu
 
@@ -74,3 +76,23 @@ def test_certification_counts_the_same():
     data = [(torch.randn(net.input_shape), k % 3) for k in range(40)]
     here, there = lc.certify(net, data), lc.certify(copy.deepcopy(net).to("cuda"), data)
     assert (here.natural_accuracy, here.certified_accuracy) == (there.natural_accuracy, there.certified_accuracy)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_errors_of_float32_on_the_device_are_bounded(name, precision):
+    """Also where products round to ten bits: the bound knows what they are set to."""
+    net = network(name)[1].float()
+    there, x = copy.deepcopy(net).to("cuda"), torch.randn(20, *net.input_shape).float()
+    there.set_options(lc.SolverOptions(tolerance=1e-2 if precision == "tf32" else None))
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        accuracy = Accuracy(Bounds(there))
+        found, close = accuracy.evaluate(x.to("cuda")), accuracy.evaluate(x, double=True)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    off = (found.value.cpu().double() - close.value).flatten(1).norm(dim=1)
+    known = found.converged.cpu()
+    assert precision == "tf32" or bool(known.all())
+    assert bool((off <= found.error[:, 0].cpu() + close.error[:, 0])[known].all())

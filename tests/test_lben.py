@@ -555,25 +555,22 @@ def test_an_image_has_two_sizes(image):
         LBEN(2, 3, 2, image=image)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("image", [(), *IMAGES])
-def test_the_error_bound_of_an_output_bounds_its_error(image):
-    """Solves that stop early, against the exact equilibrium by Newton on flattened images."""
-    lben = image_lben(image, epsilon=0.3) if image else random_lben(2, 3, 2, epsilon=0.3)
-    x = torch.randn(6, 2, *image)
-    if image:
-        W, U, G, b_z, b_y = dense_parts(lben)
-    else:
-        W, (U, G, b_z, b_y) = equation_2(lben), (getattr(lben, k).detach().numpy() for k in ("U", "G", "b_z", "b_y"))
-    exact = newton(W, x.flatten(1).numpy() @ U.T + b_z) @ G.T + b_y
-    for steps in (1, 2, 4, 10):
-        early = lben.solve(x, SolverOptions("peaceman_rachford", max_steps=steps, throw=False))
-        y, bound = lben.output(x, early)
-        actual = np.linalg.norm(y.flatten(1).detach().numpy() - exact, axis=1)
-        assert y.shape == (6, 2, *image)
-        assert bound.dtype == torch.float64
-        assert np.all(actual <= bound.numpy() + 1e-12)
-    y, bound = lben.output(x, lben.solve(x))
-    assert float(bound.max()) <= 1e-9
+def test_running_holds_the_floats_in_use(image, dtype):
+    """Widening rounds nothing: W, U and G of ``running`` are those that a solve multiplies with, to the last bit."""
+    lben = (image_lben(image, epsilon=0.3) if image else random_lben(2, 3, 2, epsilon=0.3)).to(dtype)
+    dae = lben.running()
+    x = torch.randn(4, 2, *image, dtype=dtype)
+    u = lben.drive(x)
+    expected = lben.grid.affine(dae.U.to(u.dtype), lben.grid.coordinates(x), lben.b_z)
+    np.testing.assert_allclose(u.detach().numpy(), expected.detach().numpy(), rtol=2e-6, atol=1e-5)
+    assert torch.equal(dae.W, lben.state_map().W.to(dae.W.dtype))
+    assert torch.equal(dae.G.to(u.dtype).to(dae.G.dtype), dae.G)
+    rebuilt = lben.dae()
+    assert float((dae.W - rebuilt.W).abs().max()) <= (1e-5 if dtype == torch.float32 else 1e-14)
+    assert torch.equal(dae.bias_z, lben.b_z.detach().double())
+    assert (dae.lipschitz, dae.blocks, dae.grid) == (rebuilt.lipschitz, rebuilt.blocks, rebuilt.grid)
 
 
 @pytest.mark.parametrize("image", IMAGES)

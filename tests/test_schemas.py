@@ -64,14 +64,36 @@ def test_file_is_a_closed_json_schema(path):
 
 
 REPORT = {
+    "model": "",
+    "data": "",
+    "dtype": "float64",
     "method": "prescribed",
     "lipschitz": 1.0,
+    "proved_lipschitz": 1.0,
+    "empirical_lipschitz": None,
+    "delta": 0.0,
     "samples": 2,
     "natural_accuracy": 0.5,
     "radii": [0.1],
     "certified_accuracy": [0.5],
     "unconverged": 0,
     "worst_error": 0.0,
+    "methods": [
+        {
+            "method": "prescribed",
+            "certified_accuracy": [0.5],
+            "curve_accuracy": [0.5, 0.0],
+            "lipschitz": 1.0,
+            "least_pair": 1.4,
+            "greatest_pair": 1.5,
+            "seconds": 0.0,
+        }
+    ],
+    "curve_radii": [0.0, 1.0],
+    "sample_radii": [0.3, 0.0],
+    "margins": [0.5, -0.1],
+    "stages": [],
+    "attack": None,
 }
 
 

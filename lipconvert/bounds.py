@@ -1,0 +1,511 @@
+"""The least Lipschitz constants that can be proved for a converted network, of the logits and of each of their differences.
+
+A network is read as a chain of *segments*: LBEN stages, each with the affine glue around it taken into its U and G
+where it is small enough to be a matrix, and glue that is left, with its constant. Dense stages with nothing but
+affine glue between them make one segment: together they have a better constant than the product of theirs (FORMULAS L3).
+
+Three methods, each at least as strong as the one before for every pair of classes:
+
+    prescribed   √2·L, L the product of the constants the stages were built with
+    pairwise     the constant of y_i − y_j for the Λ at hand: G replaced by G_i − G_j
+    tightened    the same with the best Λ for each pair (`lipconvert.tighten`)
+
+Everything is proved for the floats in use (`lipconvert.proofs`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .activations import MaxMin, is_activation
+from .compose import MOST_DENSE
+from .dae import DAE
+from .errors import InvalidParameterError, NoCertificateError
+from .glue import KNOWN, PadChannels
+from .lben import LBEN
+from .network import Network
+from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
+from .rounding import SLACK, gamma, operations
+from .schema import LipschitzReport, Method, PairBound, Search, StageProof
+from .sdp import sdp_gain, sdp_output
+from .spectrum import Grid, hermitian
+from .state_map import StateMap
+from .tighten import MIDDLE, best_gains, best_outputs, best_scales, least_gains, least_output
+
+METHODS: tuple[Method, ...] = ("prescribed", "pairwise", "tightened")
+# What can be asked of a bound alone: "sdp" finds Λ by a semidefinite program, for small dense networks (`lipconvert.sdp`).
+SEARCHES: tuple[Search, ...] = (*METHODS, "sdp")
+
+# States up to which neighbouring dense stages are proved as one: a Newton step costs a dozen n³ for each pair of classes.
+MOST_MERGED = 1024
+
+# A multiplier is sought only where it may lower the square of a constant by more than this.
+WORTH = 1.0 + 1e-4
+
+# A product of a few constants, each correct to the last place.
+UP = 1.0 + 2.0**-44
+
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """x ↦ Gz + const with H(Λ, L) ≻ 0 proved: consecutive steps of a network as one enclosed equilibrium network."""
+
+    name: str
+    enclosure: Enclosure
+    Lambda: Tensor
+    lipschitz: float
+
+    @property
+    def start(self) -> Tensor:
+        """Q = Λ/L, for which R(Q) = (H + G′G/L)/L ≻ 0."""
+        return self.Lambda / self.lipschitz
+
+
+@dataclass(frozen=True, eq=False)
+class LipschitzBound:
+    """What was proved by one method: ‖f(x) − f(x′)‖ ≤ ``lipschitz`` ‖x − x′‖, |(y_i − y_j)(x) − …(x′)| ≤
+    ``pairs``_ij ‖x − x′‖.
+
+    ``pairs`` (q, q) float64, symmetric, 0 on the diagonal, at most √2·``lipschitz``; None where the output is no vector of
+    logits. ``prescribed``: L the network was built with. ``segments``: names and constants of what was multiplied.
+    ``multipliers``: Q of every segment's own constant, by name, for those who want to check. ``seconds``: time it took.
+    """
+
+    method: Search
+    lipschitz: float
+    pairs: Tensor | None
+    prescribed: float
+    segments: tuple[tuple[str, float], ...]
+    stages: tuple[StageProof, ...]
+    seconds: float
+
+    def report(self, net: Network, empirical: float | None = None) -> LipschitzReport:
+        """As a document."""
+        pairs = []
+        if self.pairs is not None:
+            pairs = [PairBound(i=i, j=j, lipschitz=float(self.pairs[i, j])) for i, j in class_pairs(len(self.pairs))]
+        return LipschitzReport(
+            method=self.method,
+            dtype=str(net.dtype).removeprefix("torch."),
+            prescribed=self.prescribed,
+            lipschitz=self.lipschitz,
+            empirical=empirical,
+            pairs=pairs,
+            stages=list(self.stages),
+            seconds=self.seconds,
+        )
+
+
+class Bounds:
+    """Proofs for one network, kept while several methods are asked for; made on the CPU in float64.
+
+    Raises `NoCertificateError` where a stage has no proof at all: the message names the stage and says why.
+    """
+
+    def __init__(self, net: Network) -> None:
+        self.net = net
+        self.stages: list[StageProof] = []
+        self._chain: list[Segment | tuple[str, float]] = []
+        self._functionals: tuple[Tensor, Tensor] | None = None
+        self._found: dict[str, LipschitzBound] = {}
+        self._read()
+
+    @property
+    def delta(self) -> float:
+        """The largest δ of the stages: their constants are proved at L(1 + δ)."""
+        return max((stage.delta or 0.0 for stage in self.stages), default=0.0)
+
+    def _read(self) -> None:
+        net = self.net
+        pending: list[tuple[nn.Module, tuple[int, ...], float]] = []  # glue not yet taken in or counted
+        shape = net.input_shape
+        for step, L in zip(net.steps, net.step_lipschitz, strict=True):
+            if isinstance(step, LBEN):
+                segment = self._prove(step)
+                self._append(segment, pending)
+                pending = []
+            else:
+                self.stages.append(StageProof(name=repr(step), kind="glue", prescribed=L, proved=L * UP))
+                pending.append((step, shape, L * UP))
+            shape = output_shape(step, shape)
+        self.shape = shape
+        self.classes = shape[0] if len(shape) == 1 and shape[0] > 1 else None
+        self._behind = math.prod([L for _, _, L in pending]) * UP
+        if self.classes and self._chain:
+            last = self._chain[-1]
+            assert isinstance(last, Segment)
+            self._functionals = _matrix(pending, last.enclosure, behind=True)
+
+    def _prove(self, stage: LBEN) -> Segment:
+        dae = stage.running()
+        enclosure = Enclosure.of(dae)
+        if dae.grid:  # what runs and what the stored kernels mean exactly are both enclosed
+            radius_U, radius_G = (
+                dae.grid.matrices_error(K, M) for K, M in ((stage.U, enclosure.U), (stage.G, enclosure.G))
+            )
+            enclosure = replace(enclosure, radius_U=radius_U, radius_G=radius_G)
+        proof = prove_constant(dae, enclosure)
+        mu = max(prove_monotone(enclosure, P) for P in metrics(dae))
+        self.stages.append(
+            StageProof(
+                name=stage.name,
+                kind="lben",
+                states=dae.states,
+                prescribed=stage.lipschitz,
+                proved=proof.lipschitz if isinstance(proof, Proof) else None,
+                delta=proof.delta if isinstance(proof, Proof) else None,
+                mu=mu or None,
+                rounding=proof.rounding,
+                reason=proof.reason if isinstance(proof, NotProved) else "",
+            )
+        )
+        if isinstance(proof, NotProved):
+            raise NoCertificateError(f"stage {stage.name!r}", proof.reason)
+        return Segment(stage.name, enclosure, proof.Lambda, proof.lipschitz)
+
+    def _append(self, segment: Segment, pending: list[tuple[nn.Module, tuple[int, ...], float]]) -> None:
+        """Put a stage behind the chain, with the glue between taken into it or counted, and joined where that is possible."""
+        before = self._chain[-1] if self._chain and isinstance(self._chain[-1], Segment) else None
+        if not segment.enclosure.grid:
+            M = _matrix(pending, segment.enclosure, behind=False)
+            if M is not None:
+                constant = math.prod([L for _, _, L in pending]) * UP
+                if before is not None and _may_join(before, segment):
+                    self._chain[-1] = _joined(before, segment, M, constant)
+                    return
+                self._chain.append(_absorbed(segment, M, constant))
+                return
+        elif all(type(module) is PadChannels for module, _, _ in pending) and pending:
+            channels = pending[0][1][0]  # zero channels do nothing: their columns of U are not needed
+            enclosure = segment.enclosure
+            kept = replace(
+                enclosure,
+                U=enclosure.U[..., :channels],
+                radius_U=None if enclosure.radius_U is None else enclosure.radius_U[..., :channels],
+            )
+            self._chain.append(replace(segment, enclosure=kept))
+            return
+        self._chain += [(repr(module), L) for module, _, L in pending]
+        self._chain.append(segment)
+
+    def bound(
+        self, method: str = "tightened", *, seconds: float | None = None, seen: Progress | None = None
+    ) -> LipschitzBound:
+        """The constants by one method; those of weaker ones are found first, none is ever better than a stronger one's.
+
+        ``seconds``: for the search of Λ, all told; the proofs of what was found come on top. ``seen``: called with what is
+        being done, done and total. Raises `InvalidParameterError` for an unknown method.
+        """
+        if method not in SEARCHES:
+            raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(SEARCHES)}")
+        if seconds is not None and not seconds > 0.0:
+            raise InvalidParameterError("seconds", seconds, "it must be positive")
+        deadline = None if seconds is None else time.monotonic() + seconds
+        for name in _up_to(method):
+            if name not in self._found:
+                begun = time.monotonic()
+                bound = self._by(name, deadline, seen or (lambda what, done, total: None))
+                self._found[name] = replace(bound, seconds=time.monotonic() - begun)
+        return self._found[method]
+
+    def _by(self, method: Search, deadline: float | None, seen: Progress) -> LipschitzBound:
+        weaker = [self._found[name] for name in _up_to(method)[:-1]]
+        constants: list[tuple[str, float]] = []
+        for k, part in enumerate(self._chain):
+            if isinstance(part, Segment) and method in ("tightened", "sdp"):
+                seen(f"the constant of {part.name}", k, len(self._chain))
+                constants.append((part.name, _least_constant(part, method, deadline)))
+            else:
+                constants.append((part.name, part.lipschitz) if isinstance(part, Segment) else part)
+        lipschitz = math.prod([L for _, L in constants]) * self._behind * UP
+        lipschitz = min([lipschitz, *(other.lipschitz for other in weaker)])
+        pairs = None
+        if self.classes is not None:
+            pairs = torch.full((self.classes, self.classes), 2.0**0.5 * UP * lipschitz, dtype=torch.float64)
+            if self._functionals is not None and method != "prescribed":
+                prefix = math.prod([L for _, L in constants[:-1]]) * UP
+                pairs = torch.minimum(pairs, prefix * self._gains(method, deadline, seen) * UP)
+            for other in weaker:
+                assert other.pairs is not None
+                pairs = torch.minimum(pairs, other.pairs)
+            pairs.fill_diagonal_(0.0)
+        return LipschitzBound(
+            method, lipschitz, pairs, self.net.lipschitz, tuple(constants), tuple(self.stages), seconds=0.0
+        )
+
+    def readout_rows(self) -> tuple[Tensor, Tensor] | None:
+        """(outputs (classes, …), their sizes): the logits as functionals of the last stage's output, and |·| of the same with
+        radii, (classes, q) or (classes, F, q) in coordinates; None without them."""
+        if self._functionals is None:
+            return None
+        M, radius = self._functionals
+        return M, (M.abs() + radius) * UP
+
+    @cached_property
+    def functionals(self) -> tuple[Tensor, Tensor, list[tuple[int, int]]] | None:
+        """(rows (m, [F,] n), their radii, the pairs (i, j), i > j): y_i − y_j as functionals of the last segment's states."""
+        if self._functionals is None or self.classes is None:
+            return None
+        segment = self._chain[-1]
+        assert isinstance(segment, Segment)
+        E = segment.enclosure
+        M, radius_M = (
+            self._functionals
+        )  # (q, outputs) or (q, F, outputs), coordinates of functionals of the stage's output
+        pairs = class_pairs(self.classes)
+        i, j = torch.tensor(pairs).T
+        difference, spread = M[i] - M[j], radius_M[i] + radius_M[j] + 2.0**-52 * (M[i].abs() + M[j].abs())
+        G = E.G.mH  # (…, n, q)
+        rows = torch.einsum("fnq,mfq->mfn", G, difference) if E.grid else difference @ E.G
+        abs_G = E.G.abs()
+        contract = "fqn,mfq->mfn" if E.grid else "qn,mq->mn"
+        count = gamma(operations(abs_G.shape[-2] + 4, E.G))
+        radius = torch.einsum(contract, abs_G, count * difference.abs() + (1.0 + count) * spread)
+        if E.radius_G is not None:
+            radius = radius + torch.einsum(contract, E.radius_G, difference.abs() + spread)
+        return rows, radius * UP, pairs
+
+    def _gains(self, method: Search, deadline: float | None, seen: Progress) -> Tensor:
+        """(q, q): the proved constants of all logit differences over the last segment alone."""
+        segment = self._chain[-1]
+        assert self.functionals is not None
+        assert isinstance(segment, Segment)
+        rows, radius, pairs = self.functionals
+        E = segment.enclosure
+        squares = self._squares
+        # Where slopes that the multipliers must cover reach the bound, there is nothing to gain: the identity in a residual
+        # network, for one.
+        left = (squares > WORTH * least_gains(E, rows)).nonzero().flatten()
+        Q = segment.start.expand(len(left), -1)
+        if method == "pairwise":
+            Q = best_scales(E, segment.Lambda, rows[left]).unsqueeze(-1) * segment.Lambda
+        elif method == "sdp" and len(left):
+            Q = torch.stack([sdp_gain(E, row)[0] for row in rows[left]])
+        elif len(left):
+            seen("the best multiplier of all pairs", 0, len(pairs))
+            common = best_gains(E, segment.start, rows[left].unsqueeze(0), deadline=deadline, last=MIDDLE)
+            squares[left] = torch.minimum(squares[left], prove_gains(E, common[0], rows[left], radius[left])[0])
+            parts = []
+            for part in left.split(16):
+                seen("the best multiplier of each pair", len(pairs) - len(left) + 16 * len(parts), len(pairs))
+                parts.append(best_gains(E, common[0], rows[part].unsqueeze(1), deadline=deadline))
+            Q = torch.cat(parts)
+        for k, m in enumerate(left.tolist()):
+            proved, _ = prove_gains(E, Q[k], rows[m : m + 1], radius[m : m + 1])
+            squares[m] = torch.minimum(squares[m], proved[0])
+        assert self.classes is not None
+        constants = torch.zeros(self.classes, self.classes, dtype=torch.float64)
+        i, j = torch.tensor(pairs).T
+        constants[i, j] = constants[j, i] = squares.sqrt() * UP
+        return constants
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        """(m,) the squared constants of the logit differences over the last segment, the best so far: L²‖c_i −
+        c_j‖² at first."""
+        segment = self._chain[-1]
+        assert self.functionals is not None
+        assert isinstance(segment, Segment)
+        assert self._functionals is not None
+        M, radius = self._functionals
+        i, j = torch.tensor(self.functionals[2]).T
+        squares = (((M[i] - M[j]).abs() + radius[i] + radius[j]) * UP).square().sum(-1)
+        grid = segment.enclosure.grid
+        squares = squares @ grid.weights(squares) if grid else squares
+        return segment.lipschitz**2 * squares * SLACK
+
+
+def lipschitz_bound(
+    net: Network, method: str = "tightened", *, seconds: float | None = None, seen: Progress | None = None
+) -> LipschitzBound:
+    """The best constant that can be proved for a network: of its logits as a vector, and of every difference of two.
+
+    ``method``: ``"prescribed"``, ``"pairwise"`` or ``"tightened"`` (module docstring); ``"sdp"``: what ``tightened`` finds by
+    the interior-point solver of the extra ``sdp``, small dense networks only. ``seconds`` limits the search.
+    Raises `NoCertificateError` where a stage has no proof, `InvalidParameterError` for what is not a converted network.
+    """
+    if not isinstance(net, Network):
+        hint = "only a converted network has conditions to prove: lipconvert.convert(model)"
+        raise InvalidParameterError("net", type(net).__name__, hint)
+    return Bounds(net).bound(method, seconds=seconds, seen=seen)
+
+
+def _up_to(method: str) -> list[Search]:
+    """The methods up to one, weakest first; a semidefinite program is a road of its own to what ``tightened`` finds."""
+    return ["prescribed", "pairwise", "sdp"] if method == "sdp" else list(METHODS[: METHODS.index(method) + 1])  # type: ignore[arg-type]
+
+
+def class_pairs(classes: int) -> list[tuple[int, int]]:
+    """(i, j) with i > j, in the order in which pairs of classes are numbered."""
+    return [(i, j) for i in range(classes) for j in range(i)]
+
+
+def metrics(dae: DAE) -> list[Tensor]:
+    """Diagonal metrics P (n,) in which I − W may be strongly monotone.
+
+    Λ; Λ with weights that fall along the blocks (FORMULAS 3); and, where ρ(|W|) < 1, Perron's: with x = (I − |W|)⁻¹1 and
+    y = (I − |W|′)⁻¹1, P = y/x makes I − |W|, so all the more I − W, strongly monotone.
+    """
+    map = StateMap(dae.W, dae.blocks, dae.Lambda, grid=dae.grid)
+    found = list(map.metrics)
+    if (N := map.comparison) is not None:
+        found.append(N.sum(0) / N.sum(1))
+    return [P.to("cpu", torch.float64) for P in found]
+
+
+def output_shape(step: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one output of a step, from that of one input."""
+    if isinstance(step, LBEN):
+        return (len(step.b_y), *step.grid.image)
+    probe = next(iter(step.buffers()), torch.zeros(()))
+    with torch.no_grad():
+        return tuple(step(torch.zeros(1, *shape, dtype=probe.dtype, device=probe.device)).shape[1:])
+
+
+def _matrix(
+    pending: Sequence[tuple[nn.Module, tuple[int, ...], float]], enclosure: Enclosure, behind: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Affine glue as a matrix with entrywise radii, or None: not affine, not the core's own, or too large.
+
+    In front of a stage (p, inputs). ``behind`` it (outputs, q), on a grid in the coordinates of functionals (outputs, F, q).
+    """
+    known = all(
+        type(module) in KNOWN and not is_activation(module) and type(module) is not MaxMin for module, _, _ in pending
+    )
+    grid = enclosure.grid if behind else Grid()
+    neighbour = enclosure.G.shape[-2] if behind else enclosure.U.shape[-1]
+    shape = pending[0][1] if pending else (neighbour, *grid.image)
+    size = math.prod(shape)
+    if not known or size > MOST_DENSE:
+        return None
+    # M of a chain, from its end: rows of derivatives at 0, which for an affine map is everywhere
+    shape_behind = output_shape(pending[-1][0], pending[-1][1]) if pending else shape
+    M = torch.eye(math.prod(shape_behind), dtype=torch.float64)
+    with torch.enable_grad():
+        for module, inside, _ in reversed(pending):
+            at = torch.zeros(len(M), *inside, dtype=torch.float64, requires_grad=True)
+            y = copy.deepcopy(module).cpu().double()(at)
+            M = torch.autograd.grad(y, at, M.reshape(y.shape))[0].flatten(1)
+    radius = 2.0**-52 * 4 * len(pending) * M.abs() * (M.abs() != 1.0)
+    if behind and grid:
+        images, spread = M.reshape(len(M), *shape), radius.reshape(len(M), *shape)
+        spectra = grid.matrices(images)  # (F, outputs, q), conjugates of the coordinates
+        error = grid.matrices_error(images, spectra) + spread.sum((2, 3))
+        return spectra.conj().movedim(0, 1), error.movedim(0, 1)
+    return M, radius
+
+
+def _absorbed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
+    """A dense stage with affine glue in front taken into it: U ← UM; it keeps (10) with L·‖M‖ and Λ/‖M‖.
+
+    With c ≥ ‖M‖: H(Λ/c, cL) ⪰ H(Λ, L)/c, so a proof of the stage is one of the two together.
+    """
+    matrix, radius = M
+    if torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)):
+        return segment
+    E = segment.enclosure
+    U, spread = _product(E.U, E.radius_U, matrix, radius)
+    enclosure = replace(E, U=U, radius_U=spread)
+    joined = Segment(segment.name, enclosure, segment.Lambda / constant, segment.lipschitz * constant * UP)
+    return _checked(joined, segment.name)
+
+
+def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
+    """second ∘ M ∘ first as one segment: every row kept, Λ = blkdiag(cL₂Λ₁, Λ₂/(cL₁)), L = cL₁L₂ (FORMULAS L3, L1)."""
+    A, B = first.enclosure, second.enclosure
+    UM, spread_UM = _product(B.U, B.radius_U, *M)
+    cross, spread = _product(UM, spread_UM, A.G, A.radius_G)
+    n, m = A.states, B.states
+
+    def stacked(a: Tensor | None, c: Tensor | None, b: Tensor | None) -> Tensor:
+        W = A.W.new_zeros(n + m, n + m)
+        for block, rows, columns in ((a, slice(0, n), slice(0, n)), (c, slice(n, None), slice(0, n))):
+            if block is not None:
+                W[rows, columns] = block
+        if b is not None:
+            W[n:, n:] = b
+        return W
+
+    def below(U: Tensor | None) -> Tensor:
+        zeros = A.U.new_zeros(n + m, A.U.shape[1])
+        if U is not None:
+            zeros[:n] = U
+        return zeros
+
+    def right(G: Tensor | None) -> Tensor:
+        zeros = A.U.new_zeros(B.G.shape[0], n + m)
+        if G is not None:
+            zeros[:, n:] = G
+        return zeros
+
+    enclosure = Enclosure(
+        stacked(A.W, cross, B.W),
+        below(A.U),
+        right(B.G),
+        radius_W=stacked(A.radius_W, spread, B.radius_W),
+        radius_U=below(A.radius_U),
+        radius_G=right(B.radius_G),
+    )
+    L1, L2 = first.lipschitz, second.lipschitz
+    Lambda = torch.cat([L2 * constant * first.Lambda, second.Lambda / (L1 * constant)])
+    name = f"{first.name} > {second.name}"
+    return _checked(Segment(name, enclosure, Lambda, L1 * L2 * constant * UP), name)
+
+
+def _product(A: Tensor, radius_A: Tensor | None, B: Tensor, radius_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(AB as computed, entrywise radii of it): rounding, and the radii of both."""
+    radius = gamma(A.shape[1] + 2) * (A.abs() @ B.abs())
+    if radius_A is not None:
+        radius = radius + radius_A @ B.abs()
+    if radius_B is not None:
+        radius = radius + A.abs() @ radius_B
+    if radius_A is not None and radius_B is not None:
+        radius = radius + radius_A @ radius_B
+    return A @ B, radius * UP
+
+
+def _may_join(first: Segment, second: Segment) -> bool:
+    return not first.enclosure.grid and first.enclosure.states + second.enclosure.states <= MOST_MERGED
+
+
+def _checked(segment: Segment, name: str) -> Segment:
+    """The segment at the least inflation of its L for which there is a proof: its matrices were rounded once more."""
+    for slack in (1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
+        L = segment.lipschitz * (1.0 + slack)
+        answer = prove_lmi(segment.enclosure, segment.Lambda, L)
+        if isinstance(answer, Proof):
+            return replace(segment, lipschitz=L)
+    assert isinstance(answer, NotProved)
+    raise NoCertificateError(f"segment {name!r}", answer.reason)
+
+
+def _least_constant(segment: Segment, method: Search, deadline: float | None) -> float:
+    """The constant of a segment's output as a vector, with the best Λ; never above the one it was proved with."""
+    E = segment.enclosure
+    if segment.lipschitz**2 <= WORTH * least_output(E) ** 2:
+        return segment.lipschitz
+    Q = sdp_output(E)[0] if method == "sdp" else best_outputs(E, segment.start, deadline=deadline)
+    if torch.equal(Q, segment.start):
+        return segment.lipschitz
+    H, d, _ = E.lmi(Q, None, "U")
+    G = E.G / d
+    square = float(torch.linalg.eigvalsh(hermitian(G @ torch.linalg.solve(H, G.mH))).amax())
+    if not square > 0.0:
+        return segment.lipschitz
+    for slack in (1e-9, 1e-7, 1e-5, 1e-3):
+        L = square**0.5 * (1.0 + slack)
+        if segment.lipschitz <= L:
+            break
+        if prove_lmi(E, Q * L, L):
+            return L
+    return segment.lipschitz

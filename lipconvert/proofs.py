@@ -1,0 +1,297 @@
+"""Conditions (3), (4) and (10) proved for given floats, and constants of single outputs with them.
+
+H is formed in float64 from W, U, G and Λ as they are; how far rounding may have moved it is bounded (`Enclosure`), and what
+is left is shown to be positive definite by a Cholesky factorisation (`lipconvert.rounding.exceeds`). "Proved" then holds
+in exact arithmetic. H ≻ 0 also gives (3), so a unique equilibrium exists (Propositions 2.1 and 2.2 of the paper).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .conditions import strict_multiplier
+from .dae import DAE
+from .errors import InvalidParameterError, ShapeError
+from .rounding import SLACK, UNDERFLOW, exceeds, gamma, operations, root_power
+from .spectrum import DENSE, Grid, hermitian, least_eigenvalue
+
+# The inflations at which a constant is tried: 0 for networks strictly inside (10), then 10⁻⁶ as DESIGN has it; float32
+# weights, whose rounding violates (10) by 10⁻⁷, need one or two more.
+DELTAS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+
+# λ_min of R in its gauge below which no gain is proved: it costs (residual)²/SHIFT, and the residuals are 10⁻¹³.
+SHIFT = 1e-10
+
+
+@dataclass(frozen=True)
+class Proof:
+    """H(Λ, L) ≻ 0, proved: every network with these W, U, G is well-posed and L-Lipschitz.
+
+    ``Lambda`` (n,), ``lipschitz`` L; ``delta``: L is that of the DAE times 1 + δ; ``rounding``: the bound of ‖Ĥ − H‖₂ that
+    was allowed for, in a gauge where Λ is within [1/2, 2].
+    """
+
+    Lambda: Tensor
+    lipschitz: float
+    rounding: float
+    delta: float = 0.0
+
+
+@dataclass(frozen=True)
+class NotProved:
+    """No proof was found; false in a condition. ``least_eigenvalue`` of the computed H in its gauge, and ``reason``."""
+
+    lipschitz: float
+    least_eigenvalue: float
+    rounding: float
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class Enclosure:
+    """All W (n, n), U (n, p), G (q, n) within entrywise radii of given floats; complex (F, ...) on a grid.
+
+    A radius is a tensor of the same shape, None for 0. Between the frequencies a grid holds twice, the network is the mean of
+    both (its kernels are real): H is concave in (W, U, G), so what is proved of each holds for the mean.
+    """
+
+    W: Tensor
+    U: Tensor
+    G: Tensor
+    grid: Grid = DENSE
+    radius_W: Tensor | None = None
+    radius_U: Tensor | None = None
+    radius_G: Tensor | None = None
+
+    @classmethod
+    def of(cls, dae: DAE) -> Enclosure:
+        """The DAE's own floats, nothing around them; on the CPU, where proofs are made."""
+        return cls(dae.W.cpu(), dae.U.cpu(), dae.G.cpu(), dae.grid)
+
+    @property
+    def states(self) -> int:
+        """n."""
+        return self.W.shape[-1]
+
+    @cached_property
+    def gram_U(self) -> Tensor:
+        """UU′, (..., n, n), as computed."""
+        return self.U @ self.U.mH
+
+    @cached_property
+    def gram_G(self) -> Tensor:
+        """G′G, (..., n, n), as computed."""
+        return self.G.mH @ self.G
+
+    @cached_property
+    def sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """|W|, |U|, |G|, entry by entry."""
+        return self.W.abs(), self.U.abs(), self.G.abs()
+
+    @cached_property
+    def in_range(self) -> bool:
+        """Whether no product of entries can underflow or overflow unseen: all are 0 or of sizes within [1e-140, 1e140]."""
+        given = (*self.sizes, *(r for r in (self.radius_W, self.radius_U, self.radius_G) if r is not None))
+        return all(bool((((M >= 1e-140) & (M <= 1e140)) | (M == 0)).all()) for M in given)
+
+    def lmi(self, Lambda: Tensor, lipschitz: float | None, parts: str = "UG") -> tuple[Tensor, Tensor, float]:
+        """(Ĥ, d, e): DĤD is H(Λ, L) up to ‖error‖₂ ≤ e, in the gauge D = diag(1/d), d powers of two next to Λ^{1/2}.
+
+        ``parts``: which of UU′ and G′G belong to it; "" gives X(Λ), "U" gives X − ΛUU′Λ/L.
+        """
+        d = root_power(Lambda)
+        inverse = d.reciprocal()
+        lam = Lambda * inverse * inverse  # in [1/2, 2]; the scaling rounds nothing
+        left = lam * d
+        abs_W, abs_U, abs_G = self.sizes
+
+        def rows(*factors: Tensor) -> Tensor:
+            """The row sums of a product of nonnegative matrices and diagonals (vectors)."""
+            total = factors[-1].unsqueeze(-1) if factors[-1].dim() == 1 else factors[-1].sum(-1, keepdim=True)
+            for factor in reversed(factors[:-1]):
+                total = factor.unsqueeze(-1) * total if factor.dim() == 1 else factor @ total
+            return total.squeeze(-1)
+
+        LW = left.unsqueeze(-1) * self.W * inverse
+        H = -(LW + LW.mH)
+        H.diagonal(dim1=-2, dim2=-1).add_(2.0 * lam)
+        terms = 2.0 * lam + rows(left, abs_W, inverse) + rows(inverse, abs_W.mT, left)
+        radius = torch.zeros_like(terms)
+        if self.radius_W is not None:
+            radius = radius + rows(left, self.radius_W, inverse) + rows(inverse, self.radius_W.mT, left)
+        count = 12
+        L = 1.0 if lipschitz is None else lipschitz
+        if "U" in parts and self.U.shape[-1]:
+            H -= left.unsqueeze(-1) * self.gram_U * left / L
+            terms = terms + rows(left, abs_U, abs_U.mT, left) / L
+            count += self.U.shape[-1]
+            if (r := self.radius_U) is not None:
+                cross = rows(left, abs_U, r.mT, left) + rows(left, r, abs_U.mT, left) + rows(left, r, r.mT, left)
+                radius = radius + cross / L
+        if "G" in parts and self.G.shape[-2]:
+            H -= inverse.unsqueeze(-1) * self.gram_G * inverse / L
+            terms = terms + rows(inverse, abs_G.mT, abs_G, inverse) / L
+            count += self.G.shape[-2]
+            if (r := self.radius_G) is not None:
+                cross = rows(inverse, abs_G.mT, r, inverse) + rows(inverse, r.mT, abs_G, inverse)
+                radius = radius + (cross + rows(inverse, r.mT, r, inverse)) / L
+        worst = gamma(operations(count, self.W)) * terms + radius * SLACK
+        error = float(worst.amax()) * SLACK + self.states * UNDERFLOW if self.states else 0.0
+        # The gauge multiplies by up to max d / min d.
+        if not self.in_range or (self.states and not 1e-70 <= float(d.min()) <= float(d.max()) <= 1e70):
+            error = float("inf")
+        return H, d, error
+
+
+def prove_lmi(dae: DAE | Enclosure, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Proof | NotProved:
+    """Prove H(Λ, L) ≻ 0, condition (4), for these very floats; Λ and L default to the DAE's own.
+
+        H(Λ, L) = 2Λ − ΛW − W′Λ − G′G/L − ΛUU′Λ/L                                                    (FORMULAS 0.1)
+
+    A `Proof` (true) holds in exact arithmetic for every W, U, G of the enclosure; on a grid at every frequency. `NotProved`
+    (false) says why not: most converted networks have a singular H at their own L, and are proved at L(1 + δ) with
+    `strict_multiplier` (`prove_constant`). Λ (n,) positive, float64.
+
+    Raises `ShapeError`, `InvalidParameterError` for Λ ≤ 0, L ≤ 0, or an `Enclosure` without Λ and L.
+    """
+    enclosure, Lambda, L = _arguments(dae, Lambda, lipschitz)
+    H, _, error = enclosure.lmi(Lambda, L)
+    if exceeds(H, error):
+        return Proof(Lambda, L, error)
+    return _not_proved(H, error, L, f"H(Λ, L) at L = {L:.9g}")
+
+
+def prove_constant(dae: DAE, enclosure: Enclosure | None = None) -> Proof | NotProved:
+    """The DAE's own L, proved at L(1 + δ) for the least δ of `DELTAS` that has a proof, by Λ or the strict multiplier Λ_δ.
+
+    ``enclosure``: of the floats in use, by default the DAE's own. (FORMULAS 3)
+    """
+    enclosure = Enclosure.of(dae) if enclosure is None else enclosure
+    Lambda, L = dae.Lambda.cpu(), dae.lipschitz
+    for delta in DELTAS:
+        L = dae.lipschitz * (1.0 + delta)
+        for multiplier in [Lambda] if delta == 0.0 else [Lambda, strict_multiplier(dae, delta).cpu()]:
+            answer = prove_lmi(enclosure, multiplier, L)
+            if isinstance(answer, Proof):
+                return Proof(answer.Lambda, L, answer.rounding, delta)
+    H, _, error = enclosure.lmi(Lambda, L)
+    return _not_proved(H, error, L, f"H(Λ, L) of {dae.name!r}, up to L = {L:.9g}")
+
+
+def prove_monotone(dae: DAE | Enclosure, metric: Tensor) -> float:
+    """A proved μ ≥ 0 with X(P) = 2P − PW − W′P ⪰ 2μP for a diagonal metric P (n,); 0 where there is no proof.
+
+    μ > 0 is condition (3): a unique equilibrium exists, and inexact ones are near it (FORMULAS 6).
+    """
+    enclosure, P, _ = _arguments(dae, metric, 1.0)
+    X, d, error = enclosure.lmi(P, None, "")
+    if not enclosure.states:
+        return 1.0
+    gauged = P / d / d
+    root = gauged.rsqrt()
+    estimate = 0.5 * least_eigenvalue(root.unsqueeze(-1) * X * root)
+    for share in (0.999, 0.9, 0.5):
+        mu = share * estimate
+        if mu <= 0.0:
+            break
+        shifted = X.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).sub_(2.0 * mu * gauged)
+        # the subtraction and the product before it round
+        if exceeds(shifted, error + 2.0**-50 * (float(X.abs().amax()) + 4.0 * mu)):
+            return mu
+    return 0.0
+
+
+def prove_gains(
+    enclosure: Enclosure, Q: Tensor, rows: Tensor, radius: Tensor | None = None, parts: str = "U"
+) -> tuple[Tensor, Tensor]:
+    """Proved bounds (ρ, |h|), each (m,), of g′R⁻¹g and ‖Q^{1/2} R⁻¹g‖₂ for functionals g; ∞ where there is no proof.
+
+        R(Q) = 2Q − QW − W′Q − QUU′Q,   ρ = g′R⁻¹g
+
+    By a Schur complement H(ρQ, √ρ·√ρ) restricted to the output g′z is ⪰ 0 exactly when g′R⁻¹g ≤ ρ: x ↦ g′z has the Lipschitz
+    constant √ρ. ``rows`` (m, n), on a grid (m, F, n): functionals are then Σ_F weight Re(g′z) (`Grid.weights`). ``radius``:
+    of their entries. With ``parts=""`` R is X(Q). For any h, with r = g − Rh and R ⪰ cI,
+
+        g′R⁻¹g ≤ Re h′(g + r) + ‖r‖²/c,
+
+    so an approximate solve is enough. Everything is taken in the gauge of `Enclosure.lmi`.
+    """
+    R, d, error = enclosure.lmi(Q, None, parts)
+    count, inverse = len(rows), d.reciprocal()
+    infinite = torch.full((count,), float("inf"), dtype=torch.float64)
+    given = rows.abs() if radius is None else torch.cat([rows.abs(), radius])
+    sane = bool((((given >= 1e-140) & (given <= 1e140)) | (given == 0)).all())
+    if not sane or not exceeds(R, error, SHIFT):
+        return infinite, infinite.clone()
+    weights = enclosure.grid.weights(torch.ones((), dtype=torch.float64))
+    # columns: (F, n, m) or (n, m)
+    g = (rows * inverse).movedim(0, -1).contiguous()
+    spread = torch.zeros_like(g.real) if radius is None else (radius * inverse).movedim(0, -1)
+    lower = torch.linalg.cholesky(R)
+    h = torch.cholesky_solve(g, lower)
+    for _ in range(2):
+        h = h + torch.cholesky_solve(g - R @ h, lower)
+    r = g - R @ h
+    k = gamma(operations(enclosure.states + 4, R))
+
+    def total(x: Tensor) -> Tensor:
+        """Σ over states, and over frequencies with their weights: (..., n, m) → (m,)."""
+        x = x.sum(-2)
+        return (weights.unsqueeze(-1) * x).sum(0) if enclosure.grid else x
+
+    size_h, size_g = h.abs(), g.abs()
+    norm_h = total(size_h.square()).sqrt()
+    slips = total((k * (size_g + R.abs() @ size_h) + spread).square()).sqrt() + error * norm_h
+    residual = (total(r.abs().square()).sqrt() + slips) * SLACK
+    dot = total((h.conj() * (g + r)).real)
+    blur = total(size_h * (k * (size_g + r.abs()) + 2.0 * spread)) + norm_h * slips
+    bound = dot + (blur + residual.square() / SHIFT) * SLACK
+    # the final sums over n and F of terms of both signs round by γ of their sizes, counted in k
+    longest = operations(enclosure.states * max(1, len(weights.flatten())), R)
+    bound = bound + gamma(longest) * total(size_h * (size_g + r.abs()))
+    in_metric = total((Q * inverse * inverse).unsqueeze(-1) * size_h.square()).sqrt()
+    return bound, (in_metric + 2.0**0.5 * residual / SHIFT) * SLACK  # Q in this gauge is at most 2
+
+
+def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | None) -> tuple[Enclosure, Tensor, float]:
+    if isinstance(dae, DAE):
+        Lambda = dae.Lambda if Lambda is None else Lambda
+        L = dae.lipschitz if lipschitz is None else float(lipschitz)
+        enclosure = Enclosure.of(dae)
+    else:
+        if Lambda is None or lipschitz is None:
+            raise InvalidParameterError("Lambda, L", None, "an Enclosure has none of its own")
+        enclosure, L = dae, float(lipschitz)
+    Lambda = Lambda.detach().to("cpu", torch.float64)
+    if tuple(Lambda.shape) != (enclosure.states,):
+        raise ShapeError("Lambda", (enclosure.states,), tuple(Lambda.shape))
+    if not bool(((Lambda > 0.0) & torch.isfinite(Lambda)).all()):
+        raise InvalidParameterError("Lambda", Lambda.tolist()[:8], "every entry of Λ must be positive and finite")
+    if not 0.0 < L < float("inf"):
+        raise InvalidParameterError("lipschitz", L, "a Lipschitz constant must be positive and finite")
+    return enclosure, Lambda, L
+
+
+def _not_proved(H: Tensor, error: float, L: float, what: str) -> NotProved:
+    least = least_eigenvalue(hermitian(H)) if bool(torch.isfinite(H).all()) else float("nan")
+    if least < -error:
+        reason = (
+            f"{what} has the eigenvalue {least:.3e}, below 0 by more than rounding ({error:.1e}): with this Λ the constant "
+            "is not true of these weights, or not provable. Usual causes: weights fine-tuned or rounded without the "
+            "constraint; a network that is not Lipschitz-bounded at all; norms estimated from below"
+        )
+    else:
+        reason = (
+            f"{what} has the least eigenvalue {least:.3e}, within what rounding may have done ({error:.1e}, and the "
+            "factorisation's own): singular there, as for most converted networks. State it at L(1 + δ), "
+            "with a strict multiplier"
+        )
+    return NotProved(L, least, error, reason)
