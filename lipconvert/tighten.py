@@ -33,6 +33,8 @@ MIDDLE, LAST, GROWTH = 100.0, 1000.0, 10.0
 STEPS = 100  # Newton steps, at most
 # Newton decrement below which t grows. Next to a singular R it is 1 however far the centre is, so it must be well below that.
 CENTRED = 0.5
+# Multipliers of rows that read nothing, over the largest of the others: what is left is lost as 1/HELD.
+HELD = 1e6
 # Bytes of R in one batch of problems: what stays in the cache is four times faster than all at once.
 BATCH = 2**20
 
@@ -41,7 +43,7 @@ BATCH = 2**20
 class _Problem:
     """W (F, n, n), K = UU′ (F, n, n), and how often each frequency counts, (F,); F = 1 for a dense network.
 
-    ``held`` (n,): rows that read neither states nor inputs. Their multipliers only gain by growing, without end: they stay.
+    ``held`` (n,): rows that read neither states nor inputs. Their multipliers only gain by growing, without end.
     """
 
     W: Tensor
@@ -175,12 +177,15 @@ def _linear_parts(enclosure: Enclosure) -> Iterator[Tensor]:
 
 def _follow(problem: _Problem, Q: Tensor, g: Tensor, outputs: bool, deadline: float | None, last: float) -> Tensor:
     """Newton along the central path from Q (P, n), each problem at its own t; the best multiplier met for each."""
+    Q = Q.clone()
+    Q[:, problem.held] = HELD * Q.amax(-1, keepdim=True)
     best, t = Q.clone(), torch.ones(len(Q), dtype=torch.float64)
     point = _evaluate(problem, Q, g, t, outputs, None)
     if not bool(torch.isfinite(point.objective).all()):
         return best
     least = _largest(point) if outputs else point.value
-    start, end = problem.size / least, last * problem.size / least
+    start = problem.size / least
+    end = last * start
     # A start from elsewhere may be far along its path: the t for which it is most central.
     flat, _ = _derivatives(problem, point, torch.zeros_like(t), outputs)
     steep, hessian = _derivatives(problem, point, start, outputs)
@@ -197,6 +202,7 @@ def _follow(problem: _Problem, Q: Tensor, g: Tensor, outputs: bool, deadline: fl
         reached = _largest(point) if outputs else point.value
         better = reached < least
         best[better], least = point.Q[better], torch.where(better, reached, least)
+        end = last * problem.size / least
         centred = decrement < CENTRED
         if bool((centred & (t >= end)).all()):
             break
