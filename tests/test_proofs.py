@@ -753,14 +753,12 @@ def test_products_that_underflow_are_not_lost(which, kind):
     assert not prove_lmi(E, Lambda, L)
 
 
-@pytest.mark.xfail(strict=False, raises=AssertionError, reason="squares of functionals underflow to 0")
 @pytest.mark.parametrize("size", [1e-160, 1e-162, 1e-170, 1e-300])
-def test_gains_of_very_small_functionals(size):
+def test_nothing_is_said_of_functionals_whose_squares_underflow(size):
     E = Enclosure(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
     rho, norm = prove_gains(E, torch.ones(1), torch.tensor([[size]]))
-    centre, squared = gains(Exact.of(E.W, E.U, E.G), torch.ones(1), [column(torch.tensor([size]))], DENSE, True)
-    assert rational(float(rho)) >= centre
-    assert rational(float(norm)) ** 2 >= squared
+    assert math.isinf(float(rho))
+    assert math.isinf(float(norm))
 
 
 @pytest.mark.xfail(strict=False, raises=RuntimeError, reason="the largest entry of an empty X")
