@@ -36,7 +36,7 @@ from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, pr
 from .rounding import SLACK, gamma, operations
 from .schema import LipschitzReport, Method, PairBound, Search, StageProof
 from .sdp import sdp_gain, sdp_output
-from .spectrum import Grid, hermitian
+from .spectrum import Grid, hermitian, linear_solve
 from .state_map import StateMap
 from .tighten import MIDDLE, best_gains, best_outputs, best_scales, least_gains, least_output
 
@@ -499,7 +499,7 @@ def _least_constant(segment: Segment, method: Search, deadline: float | None) ->
         return segment.lipschitz
     H, d, _ = E.lmi(Q, None, "U")
     G = E.G / d
-    square = float(torch.linalg.eigvalsh(hermitian(G @ torch.linalg.solve(H, G.mH))).amax())
+    square = float(torch.linalg.eigvalsh(hermitian(G @ linear_solve(H, G.mH))).amax())
     if not square > 0.0:
         return segment.lipschitz
     for slack in (1e-9, 1e-7, 1e-5, 1e-3):

@@ -189,9 +189,9 @@ def _follow(problem: _Problem, Q: Tensor, g: Tensor, outputs: bool, deadline: fl
     # A start from elsewhere may be far along its path: the t for which it is most central.
     flat, _ = _derivatives(problem, point, torch.zeros_like(t), outputs)
     steep, hessian = _derivatives(problem, point, start, outputs)
-    inward = torch.linalg.solve(hessian, flat.unsqueeze(-1)).squeeze(-1)
+    inward = linear_solve(hessian, flat.unsqueeze(-1)).squeeze(-1)
     slope = (steep - flat) / start.unsqueeze(-1)
-    along = torch.linalg.solve(hessian, slope.unsqueeze(-1)).squeeze(-1)
+    along = linear_solve(hessian, slope.unsqueeze(-1)).squeeze(-1)
     central = -(slope * inward).sum(-1) / (slope * along).sum(-1)
     t = torch.where(torch.isfinite(central), torch.minimum(torch.maximum(central, start), end), start)
     point = _evaluate(problem, Q, g, t, outputs, point.value if outputs else None)
