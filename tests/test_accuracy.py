@@ -402,7 +402,7 @@ def test_a_bound_does_not_depend_on_the_batch_or_the_threads(name, k):
     parts = [accuracy.evaluate(part) for part in x.split(3)]
     torch.set_num_threads(2)
     parts.append(accuracy_of(net).evaluate(x))
-    for found, rows in zip(parts, [*torch.arange(7).split(3), torch.arange(7)], strict=False):
+    for found, rows in zip(parts, [*torch.arange(7).split(3), torch.arange(7)], strict=True):
         np.testing.assert_allclose(found.error.numpy(), whole.error[rows].numpy(), rtol=1e-6)
         assert bool((norms(found.value - whole.value[rows]) <= 2.0 * whole.error[rows, 0]).all())
         if whole.pair_error is not None:

@@ -58,7 +58,7 @@ def test_each_method_is_at_least_as_strong_as_the_one_before_and_none_says_too_m
     slopes = float(torch.linalg.matrix_norm(J, 2).amax())
     quotient = lc.empirical_lipschitz(net, x[16:28].to(dtype), steps=16)
     assert quotient >= 0.9 * slopes / places
-    for weaker, stronger in zip([None, *found], found, strict=False):
+    for weaker, stronger in zip([None, *found], found, strict=True):
         assert stronger.lipschitz >= max(slopes / places, quotient)
         if stronger.pairs is None:
             assert len(net(x[:1]).shape) > 2
@@ -81,7 +81,7 @@ def test_each_method_is_at_least_as_strong_as_the_one_before_and_none_says_too_m
 @pytest.mark.parametrize(("name", "k"), [(name, k) for name, k in CASES if name in ("cpl", "sll", "aol", "sandwich")])
 def test_merging_does_not_make_constants_worse(name, k):
     apart, merged = (by_method(example(name, k, merge=merge)[1]) for merge in (False, True))
-    for one, other in zip(apart, merged, strict=False):
+    for one, other in zip(apart, merged, strict=True):
         assert other.lipschitz <= one.lipschitz * (1.0 + 1e-4)
         if one.method == "tightened":
             assert bool((other.pairs <= one.pairs * (1.0 + 1e-2)).all())
@@ -391,7 +391,7 @@ def test_what_is_said_of_each_stage(name, k):
     assert [stage.kind for stage in found.stages] == [
         "lben" if isinstance(step, lc.LBEN) else "glue" for step in net.steps
     ]
-    for proof, step, L in zip(found.stages, net.steps, net.step_lipschitz, strict=False):
+    for proof, step, L in zip(found.stages, net.steps, net.step_lipschitz, strict=True):
         assert proof.prescribed == L
         assert L <= proof.proved <= L * (1.0 + 1.1e-6)
         if proof.kind == "glue":

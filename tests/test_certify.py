@@ -39,7 +39,7 @@ def source(name: str = "cpl", k: int = 0) -> tuple[nn.Module, lc.Network]:
 def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
     """y_label − y_j for every other class j, ∞ for the label itself; sample by sample."""
     rows = []
-    for y, label in zip(logits.tolist(), labels.tolist(), strict=False):
+    for y, label in zip(logits.tolist(), labels.tolist(), strict=True):
         rows.append([math.inf if j == label else y[label] - v for j, v in enumerate(y)])
     return torch.tensor(rows)
 
@@ -375,7 +375,7 @@ def test_the_same_numbers_from_every_kind_of_data():
     x, labels = torch.randn(25, 5), torch.randint(3, (25,))
     expected = lc.certify(net, TensorDataset(x, labels), method="pairwise")
     assert expected.radii == list(RADII)
-    pairs = [(row, int(label)) for row, label in zip(x, labels, strict=False)]
+    pairs = [(row, int(label)) for row, label in zip(x, labels, strict=True)]
     loader = DataLoader(TensorDataset(x, labels), batch_size=4)
     for data, batch_size in (
         (pairs, 256),
@@ -433,9 +433,9 @@ def test_all_that_a_report_says_is_counted_from_its_samples(attacked):
         off = bound.pairs[~torch.eye(4, dtype=torch.bool)]
         assert (result.lipschitz, result.least_pair) == pytest.approx((bound.lipschitz, float(off.min())), rel=1e-9)
         assert result.greatest_pair == pytest.approx(float(off.max()), rel=1e-9)
-    for weaker, stronger in zip(report.methods, report.methods[1:], strict=False):
+    for weaker, stronger in zip(report.methods, report.methods[1:], strict=True):
         for key in ("certified_accuracy", "curve_accuracy"):
-            assert all(a <= b for a, b in zip(getattr(weaker, key), getattr(stronger, key), strict=False))
+            assert all(a <= b for a, b in zip(getattr(weaker, key), getattr(stronger, key), strict=True))
         assert stronger.lipschitz <= weaker.lipschitz
         assert stronger.greatest_pair <= weaker.greatest_pair
     assert report.methods[-1].certified_accuracy == report.certified_accuracy
@@ -597,8 +597,8 @@ def test_a_search_without_time_certifies_less_but_soundly():
         labels = model(x).argmax(1)
     data = TensorDataset(x, labels)
     rushed, rested = lc.certify(net, data, seconds=1e-9), lc.certify(net, data)
-    assert all(a <= b for a, b in zip(rushed.sample_radii, np.array(rested.sample_radii) * (1 + 1e-9), strict=False))
-    assert all(a >= b for a, b in zip(rushed.sample_radii, _radii(net, x, labels, "prescribed"), strict=False))
+    assert all(a <= b for a, b in zip(rushed.sample_radii, np.array(rested.sample_radii) * (1 + 1e-9), strict=True))
+    assert all(a >= b for a, b in zip(rushed.sample_radii, _radii(net, x, labels, "prescribed"), strict=True))
 
 
 def _radii(net: lc.Network, x: Tensor, labels: Tensor, method: str) -> list[float]:

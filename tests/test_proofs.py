@@ -98,7 +98,7 @@ class Exact:
     def of(cls, W: Tensor, U: Tensor, G: Tensor) -> list[Exact]:
         if W.dim() == 2:
             W, U, G = (M.unsqueeze(0) for M in (W, U, G))
-        return [cls(*map(rationals, triple)) for triple in zip(W, U, G, strict=False)]
+        return [cls(*map(rationals, triple)) for triple in zip(W, U, G, strict=True)]
 
     def diagonal(self, Lambda: Tensor) -> fmpq_mat:
         return diagonal([rational(x) for x in Lambda.tolist()] * (self.W.nrows() // len(Lambda)))
@@ -236,7 +236,7 @@ def test_the_exact_matrix_is_that_of_the_conditions():
         E, Lambda, L = problem(FLAVOURS[0], 4, 2, 3, 0.1, Grid((2, 3)) if trial % 2 else DENSE)
         dae = lc.DAE(E.W, E.U, E.G, Lambda, lipschitz=L, grid=E.grid)
         H = lc.H_matrix(dae).reshape(-1, 4, 4)
-        for exact, computed in zip(Exact.of(E.W, E.U, E.G), H, strict=False):
+        for exact, computed in zip(Exact.of(E.W, E.U, E.G), H, strict=True):
             values = exact.H(exact.diagonal(Lambda), L).tolist()
             dense = torch.tensor([[float(x.p) / float(x.q) for x in row] for row in values])
             computed = (
@@ -294,7 +294,7 @@ def corner(E: Enclosure, Lambda: Tensor, v: Tensor | None = None) -> list[Exact]
         else:
             moves.append(radius * phase((E.G @ v) * v.mH))
     return [
-        Exact(a.W + b.W, a.U + b.U, a.G + b.G) for a, b in zip(Exact.of(E.W, E.U, E.G), Exact.of(*moves), strict=False)
+        Exact(a.W + b.W, a.U + b.U, a.G + b.G) for a, b in zip(Exact.of(E.W, E.U, E.G), Exact.of(*moves), strict=True)
     ]
 
 
@@ -379,7 +379,7 @@ def test_the_bound_of_rounding_covers_it_and_sums_of_many_terms_reach_half_of_it
         """‖D⁻¹H D⁻¹ − Ĥ‖ against its bound: the largest row sum of the exact difference."""
         H, d, error = E.lmi(Lambda, L)
         most = fmpq(0)
-        for computed, exact in zip(H if E.grid else [H], Exact.of(E.W, E.U, E.G), strict=False):
+        for computed, exact in zip(H if E.grid else [H], Exact.of(E.W, E.U, E.G), strict=True):
             inverse = diagonal([1 / rational(x) for x in d.tolist()] * (1 + bool(E.grid)))
             gap = inverse * exact.H(exact.diagonal(Lambda), L) * inverse - rationals(computed)
             most = max([most, *(sum(map(abs, row), fmpq(0)) for row in gap.tolist())])
@@ -458,7 +458,7 @@ def gains(where: list[Exact], Q: Tensor, rows: Sequence[fmpq_mat], grid: Grid, i
     """(g′R⁻¹g, ‖Q^{1/2}R⁻¹g‖²), summed over the frequencies with their weights, exactly."""
     half = grid.image[1] // 2 + 1 if grid else 1
     rho = size = fmpq(0)
-    for k, (exact, g) in enumerate(zip(where, rows, strict=False)):
+    for k, (exact, g) in enumerate(zip(where, rows, strict=True)):
         D = exact.diagonal(Q)
         h = exact.R(D, inputs).solve(g)
         alone = not grid or k % half == 0 or (grid.image[1] % 2 == 0 and k % half == half - 1)
@@ -512,7 +512,7 @@ def test_gains(grid, inputs):
                 h = torch.linalg.solve(torch.eye(n).expand(X.shape) - X, middle.unsqueeze(-1)).squeeze(-1)
                 shifts += [spread * phase(h), spread * phase(middle), spread * phase(torch.randn_like(middle))]
             for place, shift in itertools.product(places, shifts):
-                g = [column(a) + column(b) for a, b in zip(middle, shift, strict=False)]
+                g = [column(a) + column(b) for a, b in zip(middle, shift, strict=True)]
                 exact_rho, exact_size = gains(place, Q, g, grid, inputs)
                 assert rational(float(rho[k])) >= exact_rho
                 assert rational(float(size[k])) ** 2 >= exact_size

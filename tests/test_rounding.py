@@ -99,7 +99,7 @@ def test_gamma_is_the_standard_one():
 def sequential(a: np.ndarray, b: np.ndarray) -> complex:
     """Σ a_k b_k in float32, one product and one sum after the other."""
     re = im = np.float32(0)
-    for x, y in zip(a, b, strict=False):
+    for x, y in zip(a, b, strict=True):
         re = np.float32(np.float32(re + np.float32(x.real * y.real)) - np.float32(x.imag * y.imag))
         im = np.float32(np.float32(im + np.float32(x.real * y.imag)) + np.float32(x.imag * y.real))
     return complex(re, im)
@@ -108,7 +108,7 @@ def sequential(a: np.ndarray, b: np.ndarray) -> complex:
 def off(computed: complex, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """(the error of a sum of products, the sum of their sizes), both to 200 bits."""
     with ctx.workprec(200):
-        pairs = [(acb(complex(x)), acb(complex(y))) for x, y in zip(a.tolist(), b.tolist(), strict=False)]
+        pairs = [(acb(complex(x)), acb(complex(y))) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
         exact = sum((x * y for x, y in pairs), acb(0))
         size = sum((abs(x) * abs(y) for x, y in pairs), arb(0))
         return float(abs(acb(computed) - exact).mid()), float(size.mid())
@@ -272,7 +272,7 @@ def balls(A: Tensor) -> arb_mat | acb_mat:
 def classical(difference: acb_mat | arb_mat, sizes: Tensor, count: int) -> bool:
     """Whether |difference| ≤ γ sizes, entry by entry."""
     limit = (gamma(count) * sizes * SLACK).flatten().tolist()
-    return all(abs(x) <= y for x, y in zip(difference.entries(), limit, strict=False))
+    return all(abs(x) <= y for x, y in zip(difference.entries(), limit, strict=True))
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.complex128])
@@ -502,7 +502,7 @@ def test_errors_of_spectra_of_very_small_kernels(size):
     M = grid.matrices(K)
     with ctx.workprec(200):
         bounds = grid.matrices_error(K, M).flatten().tolist()
-        for exact, computed, bound in zip(exact_spectra(K), M.flatten().tolist(), bounds, strict=False):
+        for exact, computed, bound in zip(exact_spectra(K), M.flatten().tolist(), bounds, strict=True):
             assert abs(acb(computed) - exact) <= arb(bound)
 
 

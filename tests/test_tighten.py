@@ -411,7 +411,7 @@ def test_the_default_dtype_does_not_matter() -> None:
     found = [best_gains(case.enclosure, case.start, case.G.unsqueeze(1)), best_outputs(case.enclosure, case.start)]
     found += [best_gains(grid.enclosure, grid.start, rows), best_outputs(grid.enclosure, grid.start)]
     found += [best_scales(case.enclosure, case.start, case.G), least_gains(case.enclosure, case.G)]
-    for a, b in zip(expected, found, strict=False):
+    for a, b in zip(expected, found, strict=True):
         assert a.dtype == b.dtype == torch.float64
         assert torch.equal(a, b)
 
@@ -425,7 +425,7 @@ def test_the_gauge_does_not_matter(spread: float) -> None:
     case = dense(8, 4, 3, seed=7)
     D = 10.0 ** (spread * (2.0 * torch.rand(8) - 1.0))
     other = gauged(case, D)
-    for g, h in zip(case.G, other.G, strict=False):
+    for g, h in zip(case.G, other.G, strict=True):
         assert reached(other, h) == pytest.approx(reached(case, g), rel=CLOSE)
     a, b = best_outputs(case.enclosure, case.start), best_outputs(other.enclosure, other.start)
     assert largest(other, b) == pytest.approx(largest(case, a), rel=CLOSE)
@@ -516,7 +516,7 @@ def test_on_a_grid_the_gain_is_the_dense_one(image: tuple[int, int]) -> None:
     case, flat = on_grid(image)
     g, g_flat = functionals(image, 3, 2)
     found = best_gains(case.enclosure, case.start, g.unsqueeze(1))
-    proved = torch.cat([prove_gains(case.enclosure, Q, row.unsqueeze(0))[0] for Q, row in zip(found, g, strict=False)])
+    proved = torch.cat([prove_gains(case.enclosure, Q, row.unsqueeze(0))[0] for Q, row in zip(found, g, strict=True)])
     free = best_gains(flat.enclosure, flat.start, g_flat.unsqueeze(1))
     for k in range(2):
         row, repeated = g_flat[k : k + 1], found[k].repeat_interleave(math.prod(image))
@@ -587,7 +587,7 @@ def test_the_best_multiple_of_a_multiplier(spread: float) -> None:
     Lambda = 3.0 * case.start
     quadratic = Lambda.unsqueeze(-1) * (case.U @ case.U.T) * Lambda
     kappa = torch.linalg.eigvals(torch.linalg.solve(R(case, Lambda) + quadratic, quadratic)).real.max()
-    for g, s in zip(case.G, best_scales(case.enclosure, Lambda, case.G).tolist(), strict=False):
+    for g, s in zip(case.G, best_scales(case.enclosure, Lambda, case.G).tolist(), strict=True):
 
         def rho(x: float, g: Tensor = g) -> float:
             return float(gain(case, math.exp(x) * Lambda, g.reshape(1, -1)))
