@@ -51,6 +51,7 @@ FLOAT32 = ("aol", "sandwich")  # certified on all test images in float32 too; th
 FIRST = 1000  # images that are attacked in float64, and that are certified where not all are
 INSIDE = 1.0 - 1e-9  # aimed at this much of a certified radius
 BATCH = 250
+EVERY = 60.0  # seconds between lines of progress where there is no terminal
 
 MNIST, CIFAR = "MNIST", "CIFAR-10 (JPEG q75)"
 
@@ -195,7 +196,7 @@ class Run:
         self.options = options
         self.out = Path(options.out)
         self.sets: dict[tuple[str, str], Split] = {}
-        self.status = CONSOLE.status("")
+        self.status, self.told = CONSOLE.status(""), time.monotonic()
 
     def split(self, name: str, part: str) -> Split:
         """Raises `DataError` where the files are missing."""
@@ -207,7 +208,12 @@ class Run:
         return self.sets[name, part]
 
     def tell(self, network: str, what: str, done: int = 0, total: int | None = None) -> None:
-        self.status.update(escape(f"{network}: {what}" + (f", {done} of {total}" if total else "")))
+        """What is being done: a line that changes, or in a log a new one now and then."""
+        text = escape(f"{network}: {what}" + (f", {done} of {total}" if total else ""))
+        self.status.update(text)
+        if not CONSOLE.is_terminal and time.monotonic() > self.told + EVERY:
+            CONSOLE.print(text, highlight=False)
+            self.told = time.monotonic()
 
     def said(self, text: str) -> None:
         CONSOLE.print(escape(text), highlight=False)

@@ -101,6 +101,16 @@ class Enclosure:
         given = (*self.sizes, *(r for r in (self.radius_W, self.radius_U, self.radius_G) if r is not None))
         return all(bool((((M >= 1e-140) & (M <= 1e140)) | (M == 0)).all()) for M in given)
 
+    @cached_property
+    def mean(self) -> Enclosure:
+        """The mean of both where the grid holds a frequency twice, itself elsewhere. The one rounding is counted in `lmi`."""
+
+        def mean(M: Tensor) -> Tensor:
+            return 0.5 * (M + self.grid.mirrored(M))
+
+        radii = [None if r is None else mean(r) for r in (self.radius_W, self.radius_U, self.radius_G)]
+        return Enclosure(mean(self.W), mean(self.U), mean(self.G), self.grid, *radii)
+
     def lmi(self, Lambda: Tensor, lipschitz: float | None, parts: str = "UG") -> tuple[Tensor, Tensor, float]:
         """(Ĥ, d, e): DĤD is H(Λ, L) up to ‖error‖₂ ≤ e, in the gauge D = diag(1/d), d powers of two next to Λ^{1/2}.
 
@@ -222,7 +232,8 @@ def prove_gains(
 
         g′R⁻¹g ≤ Re h′(g + r) + ‖r‖²/c,
 
-    so an approximate solve is enough. Everything is taken in the gauge of `Enclosure.lmi`.
+    so an approximate solve is enough. R⁻¹g of a mean of two frequencies is not within theirs: it is solved for by itself, and
+    the larger |h| counts. Everything is taken in the gauge of `Enclosure.lmi`.
     """
     R, d, error = enclosure.lmi(Q, None, parts)
     count, inverse = len(rows), d.reciprocal()
@@ -231,21 +242,35 @@ def prove_gains(
     sane = bool((((given >= 1e-140) & (given <= 1e140)) | (given == 0)).all())
     if not sane or not exceeds(R, error, SHIFT):
         return infinite, infinite.clone()
-    weights = enclosure.grid.weights(torch.ones((), dtype=torch.float64))
+    grid = enclosure.grid
     # columns: (F, n, m) or (n, m)
     g = (rows * inverse).movedim(0, -1).contiguous()
     spread = torch.zeros_like(g.real) if radius is None else (radius * inverse).movedim(0, -1)
+    metric = Q * inverse * inverse  # at most 2
+    bound, size = _solved(R, g, spread, error, metric, grid)
+    if grid.asymmetry(R) or grid.asymmetry(g):
+        R, _, error = enclosure.mean.lmi(Q, None, parts)  # at least as definite
+        g, spread = (0.5 * (M + grid.mirrored(M)) for M in (g, spread))
+        size = torch.maximum(size, _solved(R, g, spread, error, metric, grid)[1])
+    return bound, size
+
+
+def _solved(
+    R: Tensor, g: Tensor, spread: Tensor, error: float, metric: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """`prove_gains` for R ⪰ SHIFT·I within ``error`` of what is meant, g within ``spread``, all in the gauge."""
+    weights = grid.weights(torch.ones((), dtype=torch.float64))
     lower = torch.linalg.cholesky(R)
     h = torch.cholesky_solve(g, lower)
     for _ in range(2):
         h = h + torch.cholesky_solve(g - R @ h, lower)
     r = g - R @ h
-    k = gamma(operations(enclosure.states + 4, R))
+    k = gamma(operations(R.shape[-1] + 4, R))
 
     def total(x: Tensor) -> Tensor:
         """Σ over states, and over frequencies with their weights: (..., n, m) → (m,)."""
         x = x.sum(-2)
-        return (weights.unsqueeze(-1) * x).sum(0) if enclosure.grid else x
+        return (weights.unsqueeze(-1) * x).sum(0) if grid else x
 
     size_h, size_g = h.abs(), g.abs()
     norm_h = total(size_h.square()).sqrt()
@@ -255,10 +280,10 @@ def prove_gains(
     blur = total(size_h * (k * (size_g + r.abs()) + 2.0 * spread)) + norm_h * slips
     bound = dot + (blur + residual.square() / SHIFT) * SLACK
     # the final sums over n and F of terms of both signs round by γ of their sizes, counted in k
-    longest = operations(enclosure.states * max(1, len(weights.flatten())), R)
+    longest = operations(R.shape[-1] * max(1, len(weights.flatten())), R)
     bound = bound + gamma(longest) * total(size_h * (size_g + r.abs()))
-    in_metric = total((Q * inverse * inverse).unsqueeze(-1) * size_h.square()).sqrt()
-    return bound, (in_metric + 2.0**0.5 * residual / SHIFT) * SLACK  # Q in this gauge is at most 2
+    in_metric = total(metric.unsqueeze(-1) * size_h.square()).sqrt()
+    return bound, (in_metric + 2.0**0.5 * residual / SHIFT) * SLACK
 
 
 def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | None) -> tuple[Enclosure, Tensor, float]:

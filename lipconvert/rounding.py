@@ -8,6 +8,7 @@ of the classical kind (no Strassen), cos and sin within an ulp. Everything here 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -83,6 +84,9 @@ def nonnegative_norm(A: Tensor, iterations: int = 12) -> float:
     """
     if 0 in A.shape:
         return 0.0
+    A, unit = _about_one(A)
+    if not bool(A.any()):
+        return 0.0
     w = A.new_ones(*A.shape[:-2], A.shape[-1], 1)
     best = float("inf")
     for _ in range(iterations):
@@ -90,7 +94,16 @@ def nonnegative_norm(A: Tensor, iterations: int = 12) -> float:
         best = min(best, float((following / w).amax()))
         # Entries that no path reaches stay positive: any w > 0 gives a bound.
         w = following / following.amax(-2, keepdim=True).clamp(min=1e-300) + 1e-6
-    return (best * SLACK) ** 0.5 * SLACK
+    return math.nextafter((best * SLACK) ** 0.5 * SLACK * unit, math.inf)
+
+
+def _about_one(A: Tensor) -> tuple[Tensor, float]:
+    """(A/unit, unit), a power of two for which no square of a small A underflows: exact, as it only makes A larger."""
+    largest = float(A.abs().amax())
+    if not 0.0 < largest < 1.0:
+        return A, 1.0
+    power = min(-math.frexp(largest)[1], 1000)  # 2^1000 is enough for the smallest subnormal, and its inverse is normal
+    return A * 2.0**power, 2.0**-power
 
 
 def norm_bound(M: Tensor) -> float:
@@ -101,10 +114,10 @@ def norm_bound(M: Tensor) -> float:
     """
     if 0 in M.shape:
         return 0.0
-    M = M if M.shape[-2] <= M.shape[-1] else M.mH
+    M, unit = _about_one(M if M.shape[-2] <= M.shape[-1] else M.mH)
     frobenius = float(torch.linalg.matrix_norm(M).amax()) * SLACK
     if not 0.0 < frobenius < float("inf"):
-        return frobenius
+        return frobenius * unit
     M = M / frobenius
     size = 1.0 + 2.0**-50  # of ‖M‖_F, now
     gram = M @ M.mH
@@ -118,8 +131,8 @@ def norm_bound(M: Tensor) -> float:
         A = -gram
         A.diagonal(dim1=-2, dim2=-1).add_((factor * t) ** 2)
         if factor * t < 1.0 and exceeds(A, error):
-            return factor * t * frobenius * SLACK
-    return frobenius * SLACK
+            return math.nextafter(factor * t * frobenius * SLACK * unit, math.inf)
+    return math.nextafter(frobenius * SLACK * unit, math.inf)
 
 
 def exceeds(A: Tensor, error: float, margin: float = 0.0) -> bool:

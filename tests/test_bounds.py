@@ -58,7 +58,7 @@ def test_each_method_is_at_least_as_strong_as_the_one_before_and_none_says_too_m
     slopes = float(torch.linalg.matrix_norm(J, 2).amax())
     quotient = lc.empirical_lipschitz(net, x[16:28].to(dtype), steps=16)
     assert quotient >= 0.9 * slopes / places
-    for weaker, stronger in zip([None, *found], found, strict=True):
+    for weaker, stronger in zip([None, *found[:-1]], found, strict=True):
         assert stronger.lipschitz >= max(slopes / places, quotient)
         if stronger.pairs is None:
             assert len(net(x[:1]).shape) > 2
@@ -196,7 +196,6 @@ def _output_shape(glue: list[nn.Module], shape: tuple[int, ...]) -> tuple[int, .
         return tuple(nn.Sequential(*glue)(torch.zeros(1, *shape)).shape[1:])
 
 
-@pytest.mark.xfail(strict=False, reason="the search for the vector constant stops before it is centred")
 def test_two_dense_stages_have_the_constant_of_their_product():
     """diag(1, 0.1, 0.5) and then diag(0.1, 1, 0.5): each of norm 1, together 0.25; also with a shift and scale between."""
     first, second = torch.tensor([1.0, 0.1, 0.5]), torch.tensor([0.1, 1.0, 0.5])

@@ -26,6 +26,8 @@ solver = pytest.mark.skipif(
 
 # ρ by the solver against the minimum, relative: its own tolerance, and what a network that is tight everywhere costs.
 SOLVED = 2e-5
+# ... and of what Newton finds: the gap of the central path at its end, 1/LAST, and what centring leaves.
+CLOSE = 2e-3
 MOST = 40  # states of the examples compared: a program with n of them costs n⁶ or so
 NAMES = [p.name for p in lc.registry().plugins() if p.error is None]
 
@@ -91,7 +93,7 @@ def compare_gains(dae: lc.DAE, f: Function) -> None:
     rough, close = (best_gains(E, start_of(dae), g.unsqueeze(0), last=last)[0] for last in (LAST, 1e6))
     tightened, limit = (float(prove_gains(E, Q, g)[0]) for Q in (rough, close))
     assert limit == pytest.approx(rho, rel=2.0 * SOLVED)
-    assert rho * (1.0 - SOLVED) <= tightened <= rho * (1.0 + 2.0 / LAST)
+    assert rho * (1.0 - SOLVED) <= tightened <= rho * (1.0 + CLOSE)
     assert 0.0 < quotient(f, weights, dae.inputs) <= min(least, tightened) ** 0.5 * (1.0 + 1e-6)
 
 
@@ -108,25 +110,12 @@ def compare_outputs(dae: lc.DAE, f: Function) -> None:
     tightened = largest(E, found)
     L = tightened**0.5 * (1.0 + 1e-7)
     assert prove_lmi(E, found * L, L)
-    assert rho * (1.0 - SOLVED) <= tightened <= rho * (1.0 + 2.0 / LAST)
-
-
-LOST = "CENTRED: a decrement above 1 may be far from the centre; t grows, and the end is reached before the minimum"
+    assert rho * (1.0 - SOLVED) <= tightened <= rho * (1.0 + CLOSE)
 
 
 @solver
-@pytest.mark.parametrize(
-    ("compare", "name"),
-    [(compare_gains, name) for name in NAMES]
-    + [
-        pytest.param(
-            compare_outputs,
-            name,
-            marks=pytest.mark.xfail(name in ("g_mondeq", "mondeq", "sandwich"), reason=LOST, strict=False),
-        )
-        for name in NAMES
-    ],
-)
+@pytest.mark.parametrize("compare", [compare_gains, compare_outputs])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_architecture(name: str, compare: Callable[[lc.DAE, Function], None]) -> None:
     compared = 0
     for dae, f in examples(name):
@@ -135,19 +124,10 @@ def test_every_architecture(name: str, compare: Callable[[lc.DAE, Function], Non
     assert compared >= 4
 
 
-SHAPES = [(1, 1, 1), (2, 5, 1), (6, 3, 4), (11, 4, 3), (16, 20, 2)]
-
-
 @solver
+@pytest.mark.parametrize("compare", [compare_gains, compare_outputs])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize(
-    ("compare", "shape"),
-    [(compare_gains, shape) for shape in SHAPES]
-    + [
-        pytest.param(compare_outputs, shape, marks=pytest.mark.xfail(shape != (6, 3, 4), reason=LOST, strict=False))
-        for shape in SHAPES
-    ],
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 1), (6, 3, 4), (11, 4, 3), (16, 20, 2)])
 def test_random_networks_in_any_gauge(
     shape: tuple[int, int, int], spread: float, compare: Callable[[lc.DAE, Function], None]
 ) -> None:
@@ -230,10 +210,10 @@ def test_a_whole_network() -> None:
     torch.manual_seed(0)
     net = lc.convert(torch.nn.Sequential(lc.LBEN(5, 9, 4, epsilon=0.05).double()))
     tightened, by_solver = lc.lipschitz_bound(net), lc.lipschitz_bound(net, "sdp")
-    assert by_solver.lipschitz == pytest.approx(tightened.lipschitz, rel=1.0 / LAST)
+    assert by_solver.lipschitz == pytest.approx(tightened.lipschitz, rel=CLOSE)
     assert tightened.pairs is not None
     assert by_solver.pairs is not None
-    torch.testing.assert_close(by_solver.pairs, tightened.pairs, rtol=1.0 / LAST, atol=0.0)
+    torch.testing.assert_close(by_solver.pairs, tightened.pairs, rtol=CLOSE, atol=0.0)
 
 
 # Errors
