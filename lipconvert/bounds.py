@@ -64,11 +64,51 @@ class Segment:
     enclosure: Enclosure
     Lambda: Tensor
     lipschitz: float
+    linear: int = 0  # leading rows that are identities, of slope exactly 1, of the input alone
 
     @property
     def start(self) -> Tensor:
         """Q = Λ/L, for which R(Q) = (H + G′G/L)/L ≻ 0."""
         return self.Lambda / self.lipschitz
+
+    def turned(self, G: Tensor, radius_G: Tensor | None) -> tuple[Enclosure, Tensor]:
+        """(enclosure of x ↦ Gz, start) for the search of a multiplier: linear rows in coordinates where they cost nothing.
+
+        Multipliers cover all slopes in [0, 1]; these rows are Ux, in whatever coordinates: here those of P, U = PSV′.
+        There the multipliers 1/s² make their block of R the most that any make it, diagonal or not, (UU′)⁻¹:
+
+            2Q − QUU′Q = (UU′)⁻¹ − (Q − (UU′)⁻¹)UU′(Q − (UU′)⁻¹)
+        """
+        E, k = replace(self.enclosure, G=G, radius_G=radius_G), self.linear
+        if not k:
+            return E, self.start
+        P, s, _ = torch.linalg.svd(E.U[:k])
+        s = torch.cat([s, s.new_zeros(k - len(s))]).clamp(min=1e-6 * float(s.max()))
+        # P′P = I + F, so P⁻¹ is within ‖F‖/(1 − ‖F‖) of P′
+        defect = (P.mT @ P - torch.eye(k, dtype=P.dtype)).abs() + gamma(k + 2) * (P.mT.abs() @ P.abs())
+        F = float(torch.linalg.matrix_norm(defect)) * SLACK
+
+        def before(M: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+            """P⁻¹ times the linear rows, and radii."""
+            product, spread = _product(P.mT, None, M[:k], radius[:k])
+            columns = torch.linalg.vector_norm(M[:k].abs() + radius[:k], dim=0)
+            spread = spread + F * (1.0 + F) / (1.0 - F) * SLACK * columns
+            return torch.cat([product, M[k:]]), torch.cat([spread, radius[k:]])
+
+        def behind(M: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+            """The linear columns times P, and radii."""
+            product, spread = _product(M[:, :k], radius[:, :k], P, None)
+            return torch.cat([product, M[:, k:]], 1), torch.cat([spread, radius[:, k:]], 1)
+
+        radii = [
+            torch.zeros_like(M) if r is None else r
+            for M, r in ((E.W, E.radius_W), (E.U, E.radius_U), (E.G, E.radius_G))
+        ]
+        W, radius_W = before(*behind(E.W, radii[0]))
+        U, radius_U = before(E.U, radii[1])
+        G, radius_G = behind(E.G, radii[2])
+        enclosure = Enclosure(W, U, G, radius_W=radius_W, radius_U=radius_U, radius_G=radius_G)
+        return enclosure, torch.cat([s.square().reciprocal(), self.start[k:]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +118,7 @@ class LipschitzBound:
 
     ``pairs`` (q, q) float64, symmetric, 0 on the diagonal, at most √2·``lipschitz``; None where the output is no vector of
     logits. ``prescribed``: L the network was built with. ``segments``: names and constants of what was multiplied.
-    ``multipliers``: Q of every segment's own constant, by name, for those who want to check. ``seconds``: time it took.
+    ``seconds``: time it took.
     """
 
     method: Search
@@ -171,7 +211,7 @@ class Bounds:
         )
         if isinstance(proof, NotProved):
             raise NoCertificateError(f"stage {stage.name!r}", proof.reason)
-        return Segment(stage.name, enclosure, proof.Lambda, proof.lipschitz)
+        return Segment(stage.name, enclosure, proof.Lambda, proof.lipschitz, _linear_rows(dae))
 
     def _append(self, segment: Segment, pending: list[tuple[nn.Module, tuple[int, ...], float]]) -> None:
         """Put a stage behind the chain, with the glue between taken into it or counted, and joined where that is possible."""
@@ -281,19 +321,26 @@ class Bounds:
         assert self.functionals is not None
         assert isinstance(segment, Segment)
         rows, radius, pairs = self.functionals
-        E = segment.enclosure
+        E, start = segment.enclosure, segment.start
         squares = self._squares
+        if method != "pairwise" and segment.linear:
+            E, start = segment.turned(rows, radius)
+            assert E.radius_G is not None
+            rows, radius = E.G, E.radius_G
+            squares.copy_(
+                torch.minimum(squares, prove_gains(E, start, rows, radius)[0])
+            )  # the best already, if all is linear
         # Where slopes that the multipliers must cover reach the bound, there is nothing to gain: the identity in a residual
         # network, for one.
         left = (squares > WORTH * least_gains(E, rows)).nonzero().flatten()
-        Q = segment.start.expand(len(left), -1)
+        Q = start.expand(len(left), -1)
         if method == "pairwise":
             Q = best_scales(E, segment.Lambda, rows[left]).unsqueeze(-1) * segment.Lambda
         elif method == "sdp" and len(left):
             Q = torch.stack([sdp_gain(E, row)[0] for row in rows[left]])
         elif len(left):
             seen("the best multiplier of all pairs", 0, len(pairs))
-            common = best_gains(E, segment.start, rows[left].unsqueeze(0), deadline=deadline, last=MIDDLE)
+            common = best_gains(E, start, rows[left].unsqueeze(0), deadline=deadline, last=MIDDLE)
             squares[left] = torch.minimum(squares[left], prove_gains(E, common[0], rows[left], radius[left])[0])
             parts = []
             for part in left.split(16):
@@ -363,6 +410,13 @@ def metrics(dae: DAE) -> list[Tensor]:
     return [P.to("cpu", torch.float64) for P in found]
 
 
+def _linear_rows(dae: DAE) -> int:
+    """Leading rows that are identities and read no states, but for what assembling W rounds, of a dense network."""
+    activation, count = dae.sigma.runs[0]
+    linear = not dae.grid and activation.name == "identity" and float(dae.W[:count].abs().amax()) < 1e-6
+    return count if linear else 0
+
+
 def output_shape(step: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one output of a step, from that of one input."""
     if isinstance(step, LBEN):
@@ -416,8 +470,8 @@ def _absorbed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Se
     E = segment.enclosure
     U, spread = _product(E.U, E.radius_U, matrix, radius)
     enclosure = replace(E, U=U, radius_U=spread)
-    joined = Segment(segment.name, enclosure, segment.Lambda / constant, segment.lipschitz * constant * UP)
-    return _checked(joined, segment.name)
+    Lambda, L = segment.Lambda / constant, segment.lipschitz * constant * UP
+    return _checked(replace(segment, enclosure=enclosure, Lambda=Lambda, lipschitz=L))
 
 
 def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
@@ -459,7 +513,7 @@ def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant:
     L1, L2 = first.lipschitz, second.lipschitz
     Lambda = torch.cat([L2 * constant * first.Lambda, second.Lambda / (L1 * constant)])
     name = f"{first.name} > {second.name}"
-    return _checked(Segment(name, enclosure, Lambda, L1 * L2 * constant * UP), name)
+    return _checked(Segment(name, enclosure, Lambda, L1 * L2 * constant * UP, first.linear))
 
 
 def _product(A: Tensor, radius_A: Tensor | None, B: Tensor, radius_B: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -478,7 +532,7 @@ def _may_join(first: Segment, second: Segment) -> bool:
     return not first.enclosure.grid and first.enclosure.states + second.enclosure.states <= MOST_MERGED
 
 
-def _checked(segment: Segment, name: str) -> Segment:
+def _checked(segment: Segment) -> Segment:
     """The segment at the least inflation of its L for which there is a proof: its matrices were rounded once more."""
     for slack in (1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
         L = segment.lipschitz * (1.0 + slack)
@@ -486,17 +540,15 @@ def _checked(segment: Segment, name: str) -> Segment:
         if isinstance(answer, Proof):
             return replace(segment, lipschitz=L)
     assert isinstance(answer, NotProved)
-    raise NoCertificateError(f"segment {name!r}", answer.reason)
+    raise NoCertificateError(f"segment {segment.name!r}", answer.reason)
 
 
 def _least_constant(segment: Segment, method: Search, deadline: float | None) -> float:
     """The constant of a segment's output as a vector, with the best Λ; never above the one it was proved with."""
-    E = segment.enclosure
+    E, start = segment.turned(segment.enclosure.G, segment.enclosure.radius_G)
     if segment.lipschitz**2 <= WORTH * least_output(E) ** 2:
         return segment.lipschitz
-    Q = sdp_output(E)[0] if method == "sdp" else best_outputs(E, segment.start, deadline=deadline)
-    if torch.equal(Q, segment.start):
-        return segment.lipschitz
+    Q = sdp_output(E)[0] if method == "sdp" else best_outputs(E, start, deadline=deadline)
     H, d, _ = E.lmi(Q, None, "U")
     G = E.G / d
     square = float(torch.linalg.eigvalsh(hermitian(G @ linear_solve(H, G.mH))).amax())

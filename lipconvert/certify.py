@@ -108,10 +108,13 @@ class Certifier:
         radii = []
         for bound in self.bounds:
             assert bound.pairs is not None
-            radius = slack / (bound.pairs[labels] + running[..., 1])
+            radius = slack / (
+                bound.pairs[labels] + running[..., 1]
+            )  # 0/0 where nothing changes, and nothing is sure: 0
+            radius = radius.nan_to_num(nan=0.0, posinf=FARTHEST, neginf=-math.inf).clamp(max=FARTHEST)
             radii.append(radius.scatter(1, own, math.inf).amin(1))
         radius = torch.stack(radii, dim=1)
-        radius = (radius - 2.0**-50 * radius.abs()).clamp(max=FARTHEST)  # the logits of a constant network never change
+        radius = radius - 2.0**-50 * radius.abs()
         others = y.scatter(1, own, -math.inf).amax(1)
         margin = y.gather(1, own).squeeze(1) - others
         error = (at_input + running[..., 0]).scatter(1, own, 0.0).amax(1)

@@ -255,9 +255,7 @@ def prove_gains(
     return bound, size
 
 
-def _solved(
-    R: Tensor, g: Tensor, spread: Tensor, error: float, metric: Tensor, grid: Grid
-) -> tuple[Tensor, Tensor]:
+def _solved(R: Tensor, g: Tensor, spread: Tensor, error: float, metric: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """`prove_gains` for R ⪰ SHIFT·I within ``error`` of what is meant, g within ``spread``, all in the gauge."""
     weights = grid.weights(torch.ones((), dtype=torch.float64))
     lower = torch.linalg.cholesky(R)

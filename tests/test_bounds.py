@@ -1,7 +1,9 @@
 """Proved constants against difference quotients, Jacobians, closed forms and the matrices of glue; and what has no proof."""
 
 import math
-from itertools import combinations
+from dataclasses import replace
+from fractions import Fraction
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from lipconvert_plugins.sll import SLLConv2d, SLLLinear, SLLNetwork
 from torch import Tensor, nn
 
 import lipconvert as lc
-from lipconvert.bounds import METHODS, Bounds, class_pairs
+from lipconvert.bounds import METHODS, Bounds, Segment, class_pairs
+from lipconvert.proofs import Enclosure
 from lipconvert.schema import LipschitzReport
+from lipconvert.spectrum import DENSE
 
 CASES = [(name, k) for name in lc.registry().names() for k in range(len(lc.registry().example_models(name, seed=0)))]
 
@@ -99,11 +103,87 @@ def test_a_linear_network_has_the_distances_of_its_rows():
         assert bool((tightened.pairs >= pair_distances(M)).all())
 
 
-@pytest.mark.xfail(strict=False, reason="identity rows count as any slopes in [0, 1]")
 def test_a_linear_layer_has_the_distances_of_its_rows():
     layer = nn.Linear(6, 4)
     found = lc.lipschitz_bound(lc.convert(nn.Sequential(layer), (6,)))
-    np.testing.assert_allclose(found.pairs.numpy(), pair_distances(layer.weight.detach()).numpy(), rtol=1e-3)
+    np.testing.assert_allclose(found.pairs.numpy(), pair_distances(layer.weight.detach()).numpy(), rtol=2e-6)
+
+
+def fractions(M: Tensor) -> list[list[Fraction]]:
+    return [[Fraction(v) for v in row] for row in M.tolist()]
+
+
+def times(A: list[list[Fraction]], B: list[list[Fraction]]) -> list[list[Fraction]]:
+    return [
+        [sum((a * b for a, b in zip(row, column, strict=True)), Fraction(0)) for column in zip(*B, strict=True)]
+        for row in A
+    ]
+
+
+@pytest.mark.parametrize("radii", [False, True])
+@pytest.mark.parametrize(("k", "n", "p", "q"), [(1, 1, 1, 1), (3, 5, 2, 2), (2, 5, 4, 3), (4, 4, 4, 2)])
+def test_turned_linear_rows_enclose_the_same_network(k, n, p, q, radii):
+    """T⁻¹WT, T⁻¹U, GT with T = blkdiag(P, I), in fractions: P is what the turned columns of G = I say it is."""
+    W, U, G = torch.randn(n, n), torch.randn(n, p), torch.cat([torch.eye(n), torch.randn(q, n)])
+    W[:k] *= 1e-15
+    U[k:] = 0.0
+    spread = [1e-9 * torch.rand_like(M) if radii else None for M in (W, U, G)]
+    segment = Segment("", Enclosure(W, U, G, DENSE, *spread), torch.ones(n), 1.0, k)
+    E, start = segment.turned(G, spread[2])
+    assert start.shape == (n,)
+    T = [[Fraction(int(i == j)) for j in range(n)] for i in range(n)]
+    for i, row in enumerate(fractions(E.G[:k, :k])):
+        T[i][:k] = row
+    corners = [
+        (M if r is None else M + 0.999 * r * torch.sign(torch.randn_like(M)))
+        for M, r in zip((W, U, G), spread, strict=True)
+    ]
+    exact_W, exact_U, exact_G = (fractions(M) for M in corners)
+    for enclosed, radius, right, left in (
+        (E.W, E.radius_W, times(exact_W, T), T),
+        (E.U, E.radius_U, exact_U, T),
+        (E.G, E.radius_G, times(exact_G, T), None),
+    ):
+        value = fractions(enclosed)
+        target = right if left is None else times(inverse(left), right)
+        for i, j in product(range(len(value)), range(len(value[0]))):
+            assert abs(value[i][j] - target[i][j]) <= Fraction(float(radius[i, j]))
+    assert float(E.radius_W.max()) < (1e-7 if radii else 1e-13)
+
+
+def inverse(A: list[list[Fraction]]) -> list[list[Fraction]]:
+    """Gauss and Jordan."""
+    n = len(A)
+    rows = [[*row, *(Fraction(int(i == j)) for j in range(n))] for i, row in enumerate(A)]
+    for k in range(n):
+        pivot = next(i for i in range(k, n) if rows[i][k])
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        rows[k] = [v / rows[k][k] for v in rows[k]]
+        rows = [
+            row if i == k else [v - row[k] * w for v, w in zip(row, rows[k], strict=True)] for i, row in enumerate(rows)
+        ]
+    return [row[n:] for row in rows]
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_linear_layer_in_front_of_a_residual_network_counts_as_what_it_is(merge):
+    """Where slopes of its rows were free in [0, 1], differences of its rows could count as one of both alone."""
+    torch.manual_seed(3)
+    first = torch.nn.utils.parametrizations.orthogonal(nn.Linear(6, 6))
+    model = nn.Sequential(nn.Linear(9, 6), SLLLinear(6), SLLLinear(6), first).double()
+    net = lc.convert(model, (9,), merge=merge)
+    bounds = Bounds(net)
+    found = bounds.bound()
+    free = Bounds(net)
+    for k, part in enumerate(free._chain):
+        assert isinstance(part, Segment)
+        assert part.linear == 6
+        free._chain[k] = replace(part, linear=0)
+    weaker = free.bound()
+    assert bool((found.pairs <= weaker.pairs * (1.0 + 1e-3)).all())
+    assert float(found.pairs.sum()) < 0.999 * float(weaker.pairs.sum())
+    J = jacobians(model, 3.0 * torch.randn(200, 9))
+    assert bool((found.pairs >= pair_distances(J).amax(0)).all())
 
 
 def matrix_of(glue: list[nn.Module], shape: tuple[int, ...]) -> Tensor:
