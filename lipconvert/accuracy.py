@@ -7,10 +7,10 @@ states s = σ(v) of a run with the residual d = v − Ws − Ux − b_z obey
     |s − z*|_P ≤ |d|_P/μ                                                                            (FORMULAS f1)
     |g′(s − z*)| ≤ (‖h‖ + √(g′X⁻¹g / 2μ)) |d|_P,   h = D X⁻¹g                                       (FORMULAS f7, uniform)
 
-and |d|_P is bounded beforehand: by the tolerance for which the solver reports convergence, and by γ_k for sums of
-k products in the dtype in use, in any order. All bounds are affine in the radius r, because norms of inputs and
-states are: a bound is a pair (at the input, growth per unit of r). So they hold for the perturbed inputs an attack
-tries, not only where they are computed.
+and |d|_P is bounded: by the tolerance for which the solver reports convergence (for a forward substitution by what it
+leaves out), and by γ_k Σ|terms| for sums of k products that are not 0, in the dtype in use, in any order. The terms are
+those at the input, and what they may grow with r, by norms. So all bounds are affine in the radius r, a pair (at the
+input, growth per unit of r), and hold for the perturbed inputs an attack tries, not only where they are computed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from .bounds import Bounds, metrics
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import InvalidParameterError, NoCertificateError
-from .glue import FirstFeatures, Normalize, PadChannels
+from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
 from .lben import LBEN
 from .proofs import Enclosure, prove_gains, prove_monotone
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
@@ -62,14 +63,20 @@ class _Metric:
 
     d: Tensor  # (n,) the diagonal of D
     mu: float
-    W: float  # ‖D|W|D⁻¹‖
-    U: float  # ‖D|U|‖
-    b: float  # ‖D b_z‖, over all pixels
-    leak: float  # ‖DW‖₂: what an error of the states in l2 does to d
-    most: float  # max D
+    U: float  # ‖DU‖₂
+    leak: float  # ‖DW‖₂: what an error of the states in l2 does to the residual
     G: float  # ‖G D⁻¹‖
-    abs_G: float  # ‖|G| D⁻¹‖
     pairs: _PairMetric | None
+
+    @property
+    def most(self) -> float:
+        """max D."""
+        return float(self.d.max()) if len(self.d) else 0.0
+
+    @property
+    def least(self) -> float:
+        """min D."""
+        return float(self.d.min()) if len(self.d) else 1.0
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,48 @@ class _PairMetric:
 
     residual: Tensor  # the factor of f7
     slip: Tensor  # ‖g D⁻¹‖
-    rounding: Tensor  # ‖(|G_i| + |G_j|) D⁻¹‖, and of the output's own rounding
-    bias: Tensor  # |b_y| as |c_i| + |c_j| see it
-    carried: Tensor  # ‖c_i − c_j‖, c the glue behind the last stage
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """How the sums of one stage round, in one dtype and by one road: κ_i Σ|terms|, κ_i = γ of the terms that are not 0.
+
+    ``states`` (n,) are κ of σ's argument, transformed to pixels, ``outputs`` (q,) of the output's coordinates; ``T``, ``U``,
+    ``G`` the sizes |·| of what is summed over, ``b_z``, ``b_y`` of constants.
+    """
+
+    states: Tensor
+    outputs: Tensor
+    eta: float  # of one transform
+    elementary: float  # of σ
+    tolerance: float  # of an iterative solver, 0 for substitution, which is exact but for
+    skipped: float  # ‖W − T‖, what it leaves out
+    T: Tensor
+    U: Tensor
+    G: Tensor
+    b_z: Tensor
+    b_y: Tensor
+    scale: tuple[float, float, float]  # ‖z‖ + ‖Ux + b_z‖ + ‖Wz‖ by ‖z‖, ‖x‖ and 1
+    growth: list[_Growth]  # for each metric
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """The same by norms, in one metric."""
+
+    states: float  # ‖Dκ|T|D⁻¹‖
+    inputs: float  # ‖Dκ|U|‖
+    outputs: float  # ‖κ|G|D⁻¹‖
+    size: float  # ‖|G|D⁻¹‖
+    pairs: Tensor | None  # ‖(|c_i| + |c_j|)κ|G|D⁻¹‖, (m,)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    dae: DAE
+    enclosure: Enclosure
+    metrics: list[_Metric]
+    map: StateMap  # of the same floats in float64 on the CPU
 
 
 class Accuracy:
@@ -97,15 +143,18 @@ class Accuracy:
                 self._constants[k] = stage.proved
         self._functionals, self._readout = bounds.functionals, bounds.readout_rows()
         last = max((k for k, step in enumerate(net.steps) if isinstance(step, LBEN)), default=-1)
-        self._stages: dict[int, tuple[DAE, list[_Metric]]] = {}
-        self._maps: dict[int, StateMap] = {}
-        for k, step in enumerate(net.steps):
-            if isinstance(step, LBEN):
-                self._stages[k] = self._read(step, k == last)
-        carried = [m.pairs.carried for m in self._stages.get(last, (None, []))[1] if m.pairs is not None]
-        self._carried = carried[0] if carried else torch.zeros(0, dtype=torch.float64)
+        # |c_i| + |c_j| (m, [F,] q) and ‖c_i − c_j‖ (m,), c the logits as functionals of the last stage's output
+        self._both = self._carried = torch.zeros(0, dtype=torch.float64)
+        if self._functionals is not None and self._readout is not None:
+            i, j = torch.tensor(self._functionals[2]).T
+            M, sizes = self._readout
+            self._both = sizes[i] + sizes[j]
+            grid = net.stages[-1].grid
+            self._carried = _rows_norm(grid, (M[i] - M[j]).abs() + 2.0**-40 * self._both)
+        self._sums: dict[tuple[int, str, float, float, torch.device], _Sums] = {}
+        self._stages = {k: self._read(step, k == last) for k, step in enumerate(net.steps) if isinstance(step, LBEN)}
 
-    def _read(self, stage: LBEN, last: bool) -> tuple[DAE, list[_Metric]]:
+    def _read(self, stage: LBEN, last: bool) -> _Stage:
         if not stage.options.throw:
             reason = (
                 "its solver may stop quietly (SolverOptions(throw=False)): at an input nearby, anything may come out"
@@ -114,8 +163,6 @@ class Accuracy:
         dae = stage.running()
         E = Enclosure.of(dae)
         dae = replace(dae, W=E.W, U=E.U, G=E.G, Lambda=dae.Lambda.cpu(), b_z=dae.bias_z.cpu(), b_y=dae.bias_y.cpu())
-        abs_W, abs_U, abs_G = E.sizes
-        pixels = dae.grid.pixels**0.5
         found = []
         for P in metrics(dae):
             mu = prove_monotone(E, P)
@@ -123,55 +170,95 @@ class Accuracy:
                 continue
             d = P.sqrt()
             D = d.unsqueeze(-1)
-            found.append(
-                _Metric(
-                    d,
-                    mu,
-                    nonnegative_norm(D * abs_W / d),
-                    nonnegative_norm(D * abs_U),
-                    float(torch.linalg.vector_norm(d * dae.bias_z)) * pixels * SLACK,
-                    norm_bound(D * E.W),
-                    float(d.max()) if len(d) else 0.0,
-                    norm_bound(E.G / d),
-                    nonnegative_norm(abs_G / d),
-                    self._pairs(E, P, mu, dae) if last else None,
-                )
-            )
+            pairs = self._pairs(E, P, mu) if last else None
+            found.append(_Metric(d, mu, norm_bound(D * E.U), norm_bound(D * E.W), norm_bound(E.G / d), pairs))
         if not found:
             raise NoCertificateError(
                 f"stage {stage.name!r}",
                 "no diagonal metric at hand makes I - W strongly monotone, so an inexact solve may be anywhere. Usual cause: "
                 "training at epsilon = 0 has used up the margin of condition (3). Convert with epsilon > 0 or delta > 0.",
             )
-        return dae, found
+        return _Stage(dae, E, found, StateMap(dae.W, dae.blocks, dae.Lambda, grid=dae.grid))
 
-    def _pairs(self, E: Enclosure, P: Tensor, mu: float, dae: DAE) -> _PairMetric | None:
-        if self._functionals is None or self._readout is None:
+    def _sums_of(self, k: int, double: bool) -> _Sums:
+        """How the sums of stage k round as it is set to run now, or in float64 on the CPU."""
+        step, stage = self.net.steps[k], self._stages[k]
+        assert isinstance(step, LBEN)
+        options, map = (SolverOptions(), stage.map) if double else (step.options, step.state_map())
+        device = map.W.device
+        u = unit_roundoff(torch.float64 if double else step.b_z.dtype, device)
+        tolerance = options.tolerance or TOLERANCE[torch.float64 if double else step.b_z.dtype]
+        key = (k, options.method, tolerance, u, device)
+        if key not in self._sums:
+            self._sums[key] = self._rounding(stage, map, options.method, tolerance, u, device)
+        return self._sums[key]
+
+    def _pairs(self, E: Enclosure, P: Tensor, mu: float) -> _PairMetric | None:
+        if self._functionals is None:
             return None
-        d, grid, states = P.sqrt(), dae.grid, dae.states
-        rows, radius, pairs = self._functionals
-        rows, radius = (
-            rows[..., -states:],
-            radius[..., -states:],
-        )  # of a joined segment the last stage's states are the last
+        # of a joined segment the last stage's states are the last
+        rows, radius = (M[..., -E.states :] for M in self._functionals[:2])
         gain, size = prove_gains(E, P, rows, radius, parts="")
-        i, j = torch.tensor(pairs).T
-        M, sizes = self._readout
-        both = sizes[i] + sizes[j]
-        contract = "fqn,mfq->mfn" if grid else "qn,mq->mn"
+        slip = _rows_norm(E.grid, (rows.abs() + radius) / P.sqrt())
+        return _PairMetric(residual=(size + (gain / (2.0 * mu)).sqrt()) * SLACK, slip=slip)
 
-        def norm(x: Tensor) -> Tensor:
-            """Over states or outputs, and pixels: (m, [F,] n) → (m,)."""
-            squares = x.abs().square().sum(-1)
-            return (squares @ grid.weights(squares) if grid else squares).sqrt() * SLACK
+    def _rounding(
+        self, stage: _Stage, map: StateMap, method: str, tolerance: float, u: float, device: torch.device
+    ) -> _Sums:
+        dae, E, found = stage.dae, stage.enclosure, stage.metrics
+        direct = method == "forward_substitution" or (method == "auto" and map.remainder <= tolerance)
+        abs_W, abs_U, abs_G = E.sizes
+        T, rest = abs_W, torch.zeros_like(E.W)
+        if direct:
+            below = map.below.cpu()
+            T, rest = abs_W * below, E.W.masked_fill(below, 0.0)
+        grid, eta = dae.grid, transform_growth(dae.grid.image) * u
 
-        bias = float(torch.linalg.vector_norm(dae.bias_y)) * grid.pixels**0.5
-        return _PairMetric(
-            residual=(size + (gain / (2.0 * mu)).sqrt()) * SLACK,
-            slip=norm((rows.abs() + radius) / d),
-            rounding=norm(torch.einsum(contract, E.G.abs(), both) / d),
-            bias=norm(both) * bias,
-            carried=norm((M[i] - M[j]).abs() + 2.0**-40 * both),
+        def roundings(*terms: Tensor) -> Tensor:
+            """γ of the terms of every row that are not 0, the most over the frequencies."""
+            count = torch.stack([(M != 0).sum(-1) for M in terms]).sum(0)
+            count = (count.amax(0) if grid else count) + 8
+            each = torch.tensor([gamma(operations(k, dae.W), u) for k in count.tolist()], dtype=torch.float64)
+            return each.clamp(max=1e300)  # where nothing is known: no 0·∞
+
+        states, outputs = roundings(T, abs_U), roundings(abs_G)
+        states = (states + eta * (1.0 + states)) * SLACK
+        row = states.unsqueeze(-1)
+        growth = []
+        for m in found:
+            D, G, pairs = m.d.unsqueeze(-1), abs_G / m.d, None
+            rounded = outputs.unsqueeze(-1) * G
+            if m.pairs is not None:
+                pairs = _rows_norm(grid, torch.einsum("fqn,mfq->mfn" if grid else "qn,mq->mn", rounded, self._both))
+            growth.append(
+                _Growth(
+                    nonnegative_norm(D * row * T / m.d),
+                    nonnegative_norm(D * row * abs_U),
+                    nonnegative_norm(rounded),
+                    nonnegative_norm(G),
+                    pairs,
+                )
+            )
+        most, b_z = float(states.amax()) if len(states) else 0.0, dae.bias_z.abs()
+        scale = (
+            1.0 + norm_bound(E.W) + nonnegative_norm(row * abs_W),
+            norm_bound(E.U) + nonnegative_norm(row * abs_U),
+            float(torch.linalg.vector_norm(b_z)) * grid.pixels**0.5 * (1.0 + most),
+        )
+        return _Sums(
+            states=states.to(device),
+            outputs=outputs.to(device),
+            eta=eta,
+            elementary=0.0 if all(a.name in ("identity", "relu") for a, _ in dae.sigma) else ELEMENTARY * u,
+            tolerance=0.0 if direct else tolerance * (1.0 + 1e-2),
+            skipped=float(torch.linalg.matrix_norm(rest).amax()) * SLACK if len(states) else 0.0,
+            T=T.to(device),
+            U=abs_U.to(device),
+            G=abs_G.to(device),
+            b_z=b_z.to(device),
+            b_y=dae.bias_y.abs().to(device),
+            scale=scale,
+            growth=growth,
         )
 
     def evaluate(self, x: Tensor, *, double: bool = False) -> Evaluation:
@@ -202,9 +289,9 @@ class Accuracy:
                 distance[:, 0] += error[:, 0]
                 largest = _affine(size) + distance
                 if isinstance(step, LBEN):
-                    y, z, done, tolerance = self._run(k, step, x, double)
-                    converged &= done
-                    local, local_pairs = self._stage(k, step, z, tolerance, largest, distance, u)
+                    y, z, converged_here = self._run(k, step, x, double)
+                    converged &= converged_here
+                    local, local_pairs = self._stage(k, x, z, largest, distance, double)
                     if local_pairs is not None:
                         # what the input of the last stage was off goes through its constant
                         carried = self._carried.to(error.device)[None, :, None] * (L * error).unsqueeze(1)
@@ -219,83 +306,83 @@ class Accuracy:
                 error, moved, x = (L * error + local) * SLACK, L * moved * SLACK, y
             return Evaluation(x, error, pairs, converged & torch.isfinite(error).all(-1))
 
-    def _run(self, k: int, stage: LBEN, x: Tensor, double: bool) -> tuple[Tensor, Tensor, Tensor, float]:
-        """(output, states in coordinates, converged, tolerance met) of one stage."""
+    def _run(self, k: int, stage: LBEN, x: Tensor, double: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, states in coordinates, converged) of one stage."""
         if not double:
-            options = replace(stage.options, throw=False)
-            solution = stage.solve(x, options)
-            tolerance = options.tolerance or TOLERANCE[stage.b_z.dtype]
-            return stage.readout(solution.value), solution.value, solution.converged, tolerance
-        dae, _ = self._stages[k]
+            solution = stage.solve(x, replace(stage.options, throw=False))
+            return stage.readout(solution.value), solution.value, solution.converged
+        dae, map = self._stages[k].dae, self._stages[k].map
         grid = dae.grid
-        map = self._maps.setdefault(k, StateMap(dae.W, dae.blocks, dae.Lambda, grid=grid))
         u = grid.affine(dae.U, grid.coordinates(x), dae.bias_z)
         solution = solve(map, dae.sigma, u, SolverOptions(throw=False), f"the equilibrium of {dae.name!r}")
-        y = grid.values(grid.affine(dae.G, solution.value, dae.bias_y))
-        return y, solution.value, solution.converged, TOLERANCE[torch.float64]
+        return grid.values(grid.affine(dae.G, solution.value, dae.bias_y)), solution.value, solution.converged
 
     def _stage(
-        self, k: int, stage: LBEN, z: Tensor, tolerance: float, largest: Tensor, distance: Tensor, u: float
+        self, k: int, x: Tensor, z: Tensor, largest: Tensor, distance: Tensor, double: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Bounds of one stage's own error: of its output in l2 (B, 2), and of the functionals (B, m, 2)."""
-        dae, found = self._stages[k]
-        grid = stage.grid
-        n, p = dae.states, dae.inputs
-        g, g_U = (gamma(operations(count + 8, dae.W), u) for count in (n, n + p))
-        eta = transform_growth(grid.image) * u
-        sizes = _channel_norms(grid, z)  # (B, n) float64
+        """Bounds of one stage's own error: of its output in l2 (B, 2), and of the functionals (B, m, 2).
+
+        For running inputs x′ within ``distance`` (B, 2) of x, of norms at most ``largest``; z are the running states at x.
+        What sums round is bounded by their terms at x, Σ|terms| there, and by norms in what moves with x′.
+        """
+        found, sums = self._stages[k].metrics, self._sums_of(k, double)
+        grid = self._stages[k].dae.grid
+        # Σ|terms| at x, of σ's argument and of the output
+        zs, xs = _sizes(z), _sizes(grid.coordinates(x))
+        terms = grid.apply(sums.T, zs) + _with_constant(grid, grid.apply(sums.U, xs), sums.b_z)
+        terms = _channel_norms(grid, terms) * sums.states
+        terms_y = _with_constant(grid, grid.apply(sums.G, zs), sums.b_y)
+        size_y = torch.linalg.vector_norm(_channel_norms(grid, terms_y), dim=-1)
+        terms_y = terms_y * (sums.outputs.unsqueeze(-1) if grid else sums.outputs)
+        rounded_y = torch.linalg.vector_norm(_channel_norms(grid, terms_y), dim=-1)
         # A norm in the dtype in use does not see what has squares below its smallest number.
-        under = (n * grid.pixels * torch.finfo(z.dtype).tiny) ** 0.5
-        flat = torch.linalg.vector_norm(sizes, dim=-1)
-        b_y = float(torch.linalg.vector_norm(dae.bias_y)) * grid.pixels**0.5
+        under = (z.shape[1] * grid.pixels * torch.finfo(z.dtype).tiny) ** 0.5
+        flat = _affine(torch.linalg.vector_norm(_channel_norms(grid, zs), dim=-1))
+        moved_x = distance + 2.0 * sums.eta * largest  # of its coordinates, as they are computed
+        by_z, by_x, by_1 = sums.scale
+        tail = sums.tolerance + sums.elementary
+        per_z = tail * by_z + 2.0 * sums.eta  # of the slip, per ‖z′‖
+        slip = _plus(tail * by_x * largest, tail * by_1 + under)
         outputs, functionals = [], []
-        for m in found:
-            center = torch.linalg.vector_norm(sizes * m.d.to(sizes.device), dim=-1)
-            # |d|_P and ‖z − s‖₂ are at most A Z + A2 ‖z‖₂ + B X + C, for any running input of norm X with states Z
-            # = ‖Dz‖, ‖z‖₂
-            # σ itself is off by a few ulps of what it is given and what it gives, and goes through two transforms
-            tail, ulps = tolerance * (1.0 + 1e-2) + ELEMENTARY * u, 2.0 * eta * SLACK
-            least = float(m.d.min()) if n else 1.0
-            # scale = ‖z‖ + ‖u‖ + ‖Wz‖ ≤ ‖z‖ + (‖D|U|‖X + b)/min D + ‖D|W|D⁻¹‖Z/min D
-            slip = {"Z": tail * m.W / least, "z": tail + ulps, "X": tail * m.U / least, "1": tail * m.b / least + under}
-            skipped = m.most * tolerance * (1.0 + 1e-2)  # forward substitution leaves out W − T, ‖W − T‖ ≤ tolerance
-            d = {
-                "Z": (g + eta) * m.W + m.leak * slip["Z"],
-                "z": skipped + m.leak * slip["z"],
-                "X": (g_U + 2.0 * eta) * m.U + m.leak * slip["X"],
-                "1": (g_U + eta) * m.b + m.leak * slip["1"],
-            }
-            # e = ‖D(z − z*)‖ ≤ |d|_P/μ + max D·slip, itself in terms of Z ≤ Z₀ + K·distance + 2e
-            e = {key: d[key] / m.mu + m.most * slip[key] for key in d}
-            K = m.U / m.mu
-            alpha = 2.0 * (e["Z"] + e["z"] / least)
-            if alpha >= 0.5:
+        for m, growth in zip(found, sums.growth, strict=True):
+            # e bounds ‖D(z′ − z*(x′))‖, so ‖D(z′ − z)‖ is at most K·distance + 2e. The residual |d|_P and the slip ‖z′ − s′‖
+            # grow with it, and e = |d|_P/μ + max D·slip is solved for.
+            K, least, most = m.U / m.mu, m.least, m.most
+            d_z = m.leak * per_z + most * sums.skipped
+            start = _affine(torch.linalg.vector_norm(terms * m.d.to(terms.device), dim=-1))
+            d = start + growth.inputs * moved_x + sums.eta * m.U * largest + m.leak * slip
+            alpha = 2.0 * ((growth.states + d_z / least) / m.mu + most * per_z / least)
+            if not alpha < 0.5:
                 continue
-            base_Z, base_z = _affine(center) + K * distance, _affine(flat) + (K / least) * distance
-            fixed = e["Z"] * base_Z + e["z"] * base_z + e["X"] * largest
-            fixed = _plus(fixed, e["1"])
-            off = fixed / (1.0 - alpha)
-            Z, z2 = base_Z + 2.0 * off, base_z + (2.0 / least) * off
-
-            def total(c: dict[str, float], Z: Tensor = Z, z2: Tensor = z2) -> Tensor:
-                return _plus(c["Z"] * Z + c["z"] * z2 + c["X"] * largest, c["1"]) * SLACK
-
-            residual, slipped = total(d), total(slip)
-            g_G = gamma(operations(n + 4, dae.W), u)
-            outputs.append(
-                (m.G / m.mu) * residual + m.G * m.most * slipped + (g_G + eta) * _plus(m.abs_G * Z, b_y) * SLACK
-            )
-            if (q := m.pairs) is not None:
-                back = _plus(m.abs_G * Z, b_y) * (eta * SLACK)  # the transform to pixels
+            moved = K * distance
+            size = flat + moved / least  # ‖z′‖
+            e = (d + growth.states * moved + d_z * size) / m.mu + most * (slip + per_z * size)
+            e = e * (SLACK / (1.0 - alpha))
+            moved, size = moved + 2.0 * e, size + (2.0 / least) * e
+            residual = (d + growth.states * moved + d_z * size) * SLACK
+            slipped = most * (slip + per_z * size) * SLACK
+            # the transform to pixels, of what was rounded
+            back = sums.eta * (1.0 + float(sums.outputs.amax())) * (_affine(size_y) + growth.size * moved) * SLACK
+            rounded = (_affine(rounded_y) + growth.outputs * moved) * SLACK
+            outputs.append((m.G / m.mu) * residual + m.G * slipped + rounded + back)
+            if (q := m.pairs) is not None and growth.pairs is not None:
                 functionals.append(
                     _outer(q.residual, residual)
-                    + _outer(q.slip, m.most * slipped)
-                    + g_G * (_outer(q.rounding, Z) + _outer(q.bias, _affine(torch.ones_like(flat))))
-                    + _outer(q.carried, back)
+                    + _outer(q.slip, slipped)
+                    + _affine(self._paired(grid, terms_y))
+                    + _outer(growth.pairs, moved)
+                    + _outer(self._carried, back)
                 )
         if not outputs:
             return torch.full_like(largest, math.inf), None
         return _smaller(outputs), _smaller(functionals) if functionals else None
+
+    def _paired(self, grid: Grid, terms: Tensor) -> Tensor:
+        """(B, m): what logit differences see of sizes (B, q[, F]) of errors of the last stage's output."""
+        both = self._both.to(terms.device)
+        if not grid:
+            return terms @ both.mT * SLACK
+        return torch.einsum("bqf,f,mfq->bm", terms, grid.weights(terms), both) * SLACK
 
     def _glue(self, step: nn.Module, L: float, x: Tensor, largest: Tensor, u: float) -> Tensor:
         """The rounding of glue, (B, 2)."""
@@ -310,11 +397,41 @@ class Accuracy:
                 jump = math.exp(-step.threshold) / step.beta * numel**0.5 * SLACK
                 return _plus(gamma(count, u) * L * _plus(largest, constant) * SLACK, jump)
         else:
-            # pooling, or a third party's own: sums of no more terms than there are entries
-            count = numel + 8
+            # windows, or a third party's own: sums of no more terms than there are entries
+            count = 8 + (_window(step) if type(step) in (MeanPool, nn.AvgPool2d) else numel)
             zero = step(x.new_zeros(1, *x.shape[1:]))
             constant = float(_norm(zero)) / L
         return gamma(count, u) * L * _plus(largest, constant) * SLACK
+
+
+def _window(pool: Any) -> int:
+    """Pixels that are added up."""
+    size = pool.kernel_size
+    return math.prod(size) if isinstance(size, tuple) else size**2
+
+
+def _rows_norm(grid: Grid, rows: Tensor) -> Tensor:
+    """The norms (m,) of functionals (m, [F,] n) of states or outputs."""
+    squares = rows.abs().square().sum(-1)
+    return (squares @ grid.weights(squares) if grid else squares).sqrt() * SLACK
+
+
+def _sizes(coordinates: Tensor) -> Tensor:
+    """|·| of coordinates, in float64."""
+    return coordinates.to(torch.complex128 if coordinates.is_complex() else torch.float64).abs()
+
+
+def _with_constant(grid: Grid, terms: Tensor, b: Tensor) -> Tensor:
+    """Sizes of coordinates (B, n[, F]), and of those of images that are b (n,) in every pixel: all at frequency 0."""
+    if not grid:
+        return terms + b
+    return torch.cat([terms[..., :1] + grid.pixels * b.unsqueeze(-1), terms[..., 1:]], dim=-1)
+
+
+def _channel_norms(grid: Grid, sizes: Tensor) -> Tensor:
+    """(B, n): the l2 norms of channels, from the sizes of their coordinates."""
+    squares = sizes.square()
+    return (squares @ grid.weights(squares)).sqrt() * SLACK if grid else sizes
 
 
 def _affine(value: Tensor) -> Tensor:
@@ -342,7 +459,3 @@ def _smaller(options: list[Tensor]) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.double().flatten(1), dim=1) * SLACK
-
-
-def _channel_norms(grid: Grid, z: Tensor) -> Tensor:
-    return grid.channel_norms(z.to(torch.complex128 if z.is_complex() else torch.float64)) * SLACK

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .activations import MaxMin, is_activation
 from .compose import MOST_DENSE
+from .conditions import cascade, starts_linear, strict_weights
 from .dae import DAE
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import KNOWN, PadChannels
@@ -50,6 +51,9 @@ MOST_MERGED = 1024
 # A multiplier is sought only where it may lower the square of a constant by more than this.
 WORTH = 1.0 + 1e-4
 
+# δ of the strict multiplier that a search starts from: large enough to be far from where R is singular.
+CENTRE = 0.1
+
 # A product of a few constants, each correct to the last place.
 UP = 1.0 + 2.0**-44
 
@@ -64,12 +68,20 @@ class Segment:
     enclosure: Enclosure
     Lambda: Tensor
     lipschitz: float
+    layers: tuple[int, ...]  # states of each layer of a cascade
+    first_linear: bool  # whether the first of them is an identity
     linear: int = 0  # leading rows that are identities, of slope exactly 1, of the input alone
 
-    @property
+    @cached_property
     def start(self) -> Tensor:
-        """Q = Λ/L, for which R(Q) = (H + G′G/L)/L ≻ 0."""
-        return self.Lambda / self.lipschitz
+        """Q with R(Q) ≻ 0, well inside if possible: the strict multiplier of a larger L, else Λ/L, where R = (H + G′G/L)/L.
+
+        H may be next to singular at Λ, and from there the search needs a hundred steps to get away from the boundary.
+        """
+        Q = self.Lambda * strict_weights(self.layers, self.first_linear, CENTRE) / (self.lipschitz * (1.0 + CENTRE))
+        R, _, _ = self.enclosure.lmi(Q, None, "U")
+        inside = not bool(torch.linalg.cholesky_ex(R)[1].any())
+        return Q if inside else self.Lambda / self.lipschitz
 
     def turned(self, G: Tensor, radius_G: Tensor | None) -> tuple[Enclosure, Tensor]:
         """(enclosure of x ↦ Gz, start) for the search of a multiplier: linear rows in coordinates where they cost nothing.
@@ -211,7 +223,10 @@ class Bounds:
         )
         if isinstance(proof, NotProved):
             raise NoCertificateError(f"stage {stage.name!r}", proof.reason)
-        return Segment(stage.name, enclosure, proof.Lambda, proof.lipschitz, _linear_rows(dae))
+        layers, first_linear = tuple(cascade(dae)), starts_linear(dae)
+        return Segment(
+            stage.name, enclosure, proof.Lambda, proof.lipschitz, layers, first_linear, _linear_rows(dae, first_linear)
+        )
 
     def _append(self, segment: Segment, pending: list[tuple[nn.Module, tuple[int, ...], float]]) -> None:
         """Put a stage behind the chain, with the glue between taken into it or counted, and joined where that is possible."""
@@ -410,11 +425,10 @@ def metrics(dae: DAE) -> list[Tensor]:
     return [P.to("cpu", torch.float64) for P in found]
 
 
-def _linear_rows(dae: DAE) -> int:
+def _linear_rows(dae: DAE, first_linear: bool) -> int:
     """Leading rows that are identities and read no states, but for what assembling W rounds, of a dense network."""
-    activation, count = dae.sigma.runs[0]
-    linear = not dae.grid and activation.name == "identity" and float(dae.W[:count].abs().amax()) < 1e-6
-    return count if linear else 0
+    count = dae.sigma.runs[0][1] if first_linear and not dae.grid else 0
+    return count if count and float(dae.W[:count].abs().amax()) < 1e-6 else 0
 
 
 def output_shape(step: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -513,7 +527,8 @@ def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant:
     L1, L2 = first.lipschitz, second.lipschitz
     Lambda = torch.cat([L2 * constant * first.Lambda, second.Lambda / (L1 * constant)])
     name = f"{first.name} > {second.name}"
-    return _checked(Segment(name, enclosure, Lambda, L1 * L2 * constant * UP, first.linear))
+    L, layers = L1 * L2 * constant * UP, first.layers + second.layers
+    return _checked(replace(first, name=name, enclosure=enclosure, Lambda=Lambda, lipschitz=L, layers=layers))
 
 
 def _product(A: Tensor, radius_A: Tensor | None, B: Tensor, radius_B: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ states happen to be scaled. They are LAPACK's eigenvalues in float64, good to ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,14 +139,22 @@ def strict_multiplier(dae: DAE, delta: float) -> Tensor:
     """
     if not delta > 0.0:
         raise InvalidParameterError("delta", delta, "the relative inflation of L must be positive")
-    sizes = _cascade(dae)
-    leading = dae.sigma[: sizes[0]].runs[0][0].name == "identity" and len(sizes) > 1
+    return dae.Lambda * strict_weights(cascade(dae), starts_linear(dae), delta).to(dae.Lambda)
+
+
+def strict_weights(sizes: Sequence[int], linear: bool, delta: float) -> Tensor:
+    """The weights of `strict_multiplier`, (n,), for a cascade of layers of these sizes, the first ``linear`` or not."""
+    leading = linear and len(sizes) > 1
     weights = [1.0 + delta] * leading + falling_weights(len(sizes) - leading, delta)
-    repeats = torch.tensor(sizes, device=dae.Lambda.device)
-    return dae.Lambda * dae.Lambda.new_tensor(weights).repeat_interleave(repeats)
+    return torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
 
 
-def _cascade(dae: DAE) -> list[int]:
+def starts_linear(dae: DAE) -> bool:
+    """Whether the first block is an identity."""
+    return bool(dae.sigma.runs) and dae.sigma.runs[0][0].name == "identity"
+
+
+def cascade(dae: DAE) -> list[int]:
     """The DAE's blocks, merged where an earlier one reads a later one: only a cascade may be weighted layer by layer.
 
     What is small against the largest entry, in the gauge Λ = I, does not count: W rebuilt or cast has round-off everywhere,

@@ -131,6 +131,14 @@ class StateMap:
             return u[:, block]
         return self.grid.apply_onto(u[:, block], self.W[..., block, window], z[:, window])
 
+    @property
+    def below(self) -> Tensor:
+        """(n, n) bool: the entries of T, those of W that `rows_below` reads."""
+        read = torch.zeros(self.states, self.states, dtype=torch.bool, device=self.W.device)
+        for block in self._slices:
+            read[block, self._windows[block.start]] = True
+        return read
+
     @cached_property
     def remainder(self) -> float:
         """An upper bound of ‖W − T‖₂: the Frobenius norm, refined to ‖(EE′)²‖_F^{1/4}, E = W − T, where it is small.
@@ -139,9 +147,7 @@ class StateMap:
         """
         if not self.states:
             return 0.0
-        E = self.W.clone()
-        for block in self._slices:
-            E[..., block, self._windows[block.start]] = 0.0
+        E = self.W.masked_fill(self.below, 0.0)
         frobenius = float(torch.linalg.matrix_norm(E).amax())
         if not 0.0 < frobenius < 1e-3 or not (self.kept or self.states <= 64):
             return frobenius

@@ -245,16 +245,28 @@ def worst(function, growth):
 def test_products_that_round_as_badly_as_they_may(dtype, monkeypatch):
     """Nonnegative sums of k products, each off by k u: what γ_k allows in any order of summation."""
     u, n = torch.finfo(dtype).eps / 2, 64
-    stage = identity_stage(n, bias=0.5).to(dtype)
+    U, G = torch.rand(n, n) / n, torch.rand(n, n) / n  # of norms below 1
+    dae = lc.DAE(torch.zeros(n, n), U, G, torch.ones(n), torch.ones(n) / n, torch.ones(n) / n)
+    stage = lc.LBEN.from_dae(dae).to(dtype)
     net, x = lc.Network([stage], [None], (n,)), torch.rand(5, n, dtype=dtype)
     truth, accuracy = exact(net, x), accuracy_of(net)
-    monkeypatch.setattr(lc.LBEN, "drive", worst(lc.LBEN.drive, 2 * n * u))  # Ux + b, then + Wz
+    monkeypatch.setattr(lc.LBEN, "drive", worst(lc.LBEN.drive, n * u))
     monkeypatch.setattr(lc.LBEN, "readout", worst(lc.LBEN.readout, n * u))
     found = accuracy.evaluate(x)
     off = found.value.double() - truth
     assert bool((norms(off) <= found.error[:, 0]).all())
     assert bool((norms(off) >= 0.2 * found.error[:, 0]).all())
     assert bool((pair_differences(off).abs() <= found.pair_error[..., 0]).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_terms_that_are_zero_do_not_round(dtype):
+    """A permutation of 64 inputs is exact but for the constants, as is the bound: 9 operations, not 72."""
+    u, n = torch.finfo(dtype).eps / 2, 64
+    net, x = lc.Network([identity_stage(n, bias=0.5).to(dtype)], [None], (n,)), torch.rand(5, n, dtype=dtype)
+    found = accuracy_of(net).evaluate(x)
+    assert bool((norms(found.value.double() - exact(net, x)) <= found.error[:, 0]).all())
+    assert bool((found.error[:, 0] <= 25.0 * u * norms(1.0 + x.double())).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

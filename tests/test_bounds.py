@@ -1,5 +1,6 @@
 """Proved constants against difference quotients, Jacobians, closed forms and the matrices of glue; and what has no proof."""
 
+import copy
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -10,6 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 from exact import linear, pair_distances
+from lipconvert_plugins.sandwich import SandwichNetwork
 from lipconvert_plugins.sll import SLLConv2d, SLLLinear, SLLNetwork
 from torch import Tensor, nn
 
@@ -128,7 +130,7 @@ def test_turned_linear_rows_enclose_the_same_network(k, n, p, q, radii):
     W[:k] *= 1e-15
     U[k:] = 0.0
     spread = [1e-9 * torch.rand_like(M) if radii else None for M in (W, U, G)]
-    segment = Segment("", Enclosure(W, U, G, DENSE, *spread), torch.ones(n), 1.0, k)
+    segment = Segment("", Enclosure(W, U, G, DENSE, *spread), torch.ones(n), 1.0, (n,), True, k)
     E, start = segment.turned(G, spread[2])
     assert start.shape == (n,)
     T = [[Fraction(int(i == j)) for j in range(n)] for i in range(n)]
@@ -163,6 +165,19 @@ def inverse(A: list[list[Fraction]]) -> list[list[Fraction]]:
             row if i == k else [v - row[k] * w for v, w in zip(row, rows[k], strict=True)] for i, row in enumerate(rows)
         ]
     return [row[n:] for row in rows]
+
+
+def test_the_search_starts_away_from_where_the_condition_is_singular():
+    """In float64 H of a Sandwich network is singular to 1e-8 at its Λ; in float32, rounded, L and Λ are less tight."""
+    model = SandwichNetwork(inputs=60, classes=10, features=60, dense_depth=2).double()
+    net = lc.convert(model, check=False)
+    assert abs(lc.check(net.stages[-1].dae()).margin_10) < 1e-7
+    least = float(
+        torch.linalg.eigvalsh(Bounds(net)._chain[-1].enclosure.lmi(Bounds(net)._chain[-1].start, None, "U")[0]).min()
+    )
+    assert least > 1e-2
+    double, single = (lc.lipschitz_bound(n).pairs for n in (net, copy.deepcopy(net).float()))
+    np.testing.assert_allclose(double.numpy(), single.numpy(), rtol=2e-3)
 
 
 @pytest.mark.parametrize("merge", [False, True])
