@@ -30,6 +30,7 @@ from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
 from .lben import LBEN
+from .network import Network
 from .proofs import Enclosure, prove_gains, prove_monotone
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
 from .spectrum import Grid
@@ -137,6 +138,8 @@ class Accuracy:
 
     def __init__(self, bounds: Bounds) -> None:
         self.net = net = bounds.net
+        self._weights = _weights(net)
+        self.require_unchanged()
         self._constants = [L * (1.0 + 2.0**-44) for L in net.step_lipschitz]
         for k, (step, stage) in enumerate(zip(net.steps, bounds.stages, strict=True)):
             if isinstance(step, LBEN) and stage.proved is not None:
@@ -154,12 +157,20 @@ class Accuracy:
         self._sums: dict[tuple[int, str, float, float, torch.device], _Sums] = {}
         self._stages = {k: self._read(step, k == last) for k, step in enumerate(net.steps) if isinstance(step, LBEN)}
 
+    def require_unchanged(self) -> None:
+        """Raise `NoCertificateError` where the network is no longer the one that was proved, or may stop quietly."""
+        for stage in self.net.stages:
+            if not stage.options.throw:
+                reason = "its solver may stop quietly (SolverOptions(throw=False)): at an input nearby, anything may come out"
+                raise NoCertificateError(f"stage {stage.name!r}", reason)
+        before, now = self._weights, _weights(self.net)
+        for name in before.keys() | now.keys():
+            a, b = before.get(name), now.get(name)
+            if a is None or b is None or a.dtype != b.dtype or a.device != b.device or not torch.equal(a, b):
+                reason = "it has changed since its constants were proved (trained, cast or moved). Make a new Certifier"
+                raise NoCertificateError(f"tensor {name!r} of the network", reason)
+
     def _read(self, stage: LBEN, last: bool) -> _Stage:
-        if not stage.options.throw:
-            reason = (
-                "its solver may stop quietly (SolverOptions(throw=False)): at an input nearby, anything may come out"
-            )
-            raise NoCertificateError(f"stage {stage.name!r}", reason)
         dae = stage.running()
         E = Enclosure.of(dae)
         dae = replace(dae, W=E.W, U=E.U, G=E.G, Lambda=dae.Lambda.cpu(), b_z=dae.bias_z.cpu(), b_y=dae.bias_y.cpu())
@@ -265,9 +276,11 @@ class Accuracy:
         """Run the network on a batch in its own floats, with bounds of its errors; no gradient.
 
         ``double``: run the same network, the same weights to the last bit, in float64 on the CPU. That is far
-        closer to the exact one, where a network in float32 is to be judged at an input.
+        closer to the exact one, where a network in float32 is to be judged at an input. Raises `NoCertificateError` where the
+        network has changed.
         """
         net = self.net
+        self.require_unchanged()
         if torch.is_autocast_enabled(net.device.type):
             raise InvalidParameterError(
                 "autocast", "enabled", "a certificate is about one dtype; leave the autocast block"
@@ -402,6 +415,10 @@ class Accuracy:
             zero = step(x.new_zeros(1, *x.shape[1:]))
             constant = float(_norm(zero)) / L
         return gamma(count, u) * L * _plus(largest, constant) * SLACK
+
+
+def _weights(net: Network) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in net.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _window(pool: Any) -> int:

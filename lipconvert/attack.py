@@ -351,6 +351,8 @@ def _ball(net: Network, x: Tensor, radius: float | Tensor, box: tuple[float, flo
 
 def _radius(radius: float | Tensor, x: Tensor) -> Tensor:
     """(B,), float64."""
+    if not isinstance(radius, Tensor | float | int):
+        raise InvalidParameterError("radius", repr(radius), "it must be a number, or a tensor of one for each sample")
     r = torch.as_tensor(radius, dtype=torch.float64, device=x.device).detach()
     if r.shape not in ((), x.shape[:1]):
         raise ShapeError("radius", f"one number or ({len(x)},)", tuple(r.shape))
@@ -364,6 +366,8 @@ def class_labels(labels: Tensor, y: Tensor) -> Tensor:
     """Labels (B,) of logits y (B, at least 2) as int64, on their device; `ShapeError`, `InvalidParameterError` for others."""
     if y.dim() != 2 or y.shape[1] < 2:
         raise ShapeError("the logits", "(B, at least 2)", tuple(y.shape))
+    if not isinstance(labels, Tensor):
+        raise InvalidParameterError("labels", type(labels).__name__, "they must be a tensor of integers")
     if labels.shape != y.shape[:1]:
         raise ShapeError("labels", (len(y),), tuple(labels.shape))
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

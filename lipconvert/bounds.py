@@ -263,8 +263,8 @@ class Bounds:
         """
         if method not in SEARCHES:
             raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(SEARCHES)}")
-        if seconds is not None and not seconds > 0.0:
-            raise InvalidParameterError("seconds", seconds, "it must be positive")
+        if seconds is not None and not (isinstance(seconds, float | int) and seconds > 0.0):
+            raise InvalidParameterError("seconds", repr(seconds), "it must be a positive number")
         deadline = None if seconds is None else time.monotonic() + seconds
         for name in _up_to(method):
             if name not in self._found:

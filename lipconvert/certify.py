@@ -12,6 +12,7 @@ Tsuzuku et al. 2018 (Proposition 1, arXiv:1802.04034).
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ class Certifier:
             raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(METHODS)}")
         proved = Bounds(net)
         if proved.classes is None:
-            raise ShapeError("the logits", "(B, at least 2)", ("B", *proved.shape))
+            hint = "Only a vector of logits, one for each class, can be certified: flatten the output, or read off features."
+            raise ShapeError("the output", "(B, at least 2)", ("B", *proved.shape), hint)
         proved.bound(method, seconds=seconds, seen=seen)
         names = METHODS[: METHODS.index(method) + 1]  # type: ignore[arg-type]
         self.net, self.delta = net, proved.delta
@@ -174,8 +176,10 @@ def certify(
     """
     if isinstance(radii, str) or not isinstance(radii, Sequence):
         raise InvalidParameterError("radii", repr(radii), "it must be a list of numbers")
-    if not radii or not all(0.0 <= r < math.inf for r in radii):
+    if not radii or not all(isinstance(r, float | int) and 0.0 <= r < math.inf for r in radii):
         raise InvalidParameterError("radii", list(radii), "at least one is needed, none of them negative or infinite")
+    if attack is not None and not isinstance(attack, AttackConfig):
+        raise InvalidParameterError("attack", repr(attack), "it must be an AttackConfig, as AttackConfig(method='pgd')")
     thresholds = torch.tensor(sorted(float(r) for r in radii), dtype=torch.float64)
     first = _first(data, CLIMBERS)
     certifier = Certifier(net, method, seconds=seconds, seen=seen)
@@ -190,11 +194,13 @@ def certify(
             most = len(x) if attack.samples is None else max(0, min(len(x), attack.samples - start))
             stands = torch.zeros(len(x), len(thresholds), dtype=torch.bool)
             begun = time.perf_counter()
-            if most:
-                stands[:most] = withstands(
+            # What is wrong or has no answer at the input itself needs no attack; NaN among the pixels would stop one.
+            if bool((right := result["correct"][:most]).any()):
+                rows = slice(0, most)
+                stands[rows] = withstands(
                     net,
-                    x[:most].to(net.device),
-                    labels[:most],
+                    torch.where(right.reshape(-1, *[1] * (x.dim() - 1)), x[rows], x[rows][right][:1]).to(net.device),
+                    labels[rows],
                     thresholds.tolist(),
                     method=attack.method,
                     steps=attack.steps,
@@ -202,29 +208,28 @@ def certify(
                     box=attack.box,
                     seed=attack.seed,
                     first=start,
-                ).T.cpu()
+                ).T.cpu() & right.unsqueeze(1)
             result["stands"] = stands
             spent[0] += time.perf_counter() - begun
         return result
 
-    key = fingerprint(
-        net,
-        method=method,
-        seconds=seconds,
-        radii=None if attack is None else thresholds.tolist(),  # without an attack one folder serves all radii
-        attack=None if attack is None else attack.model_dump(mode="json"),
-        solver=[repr(stage.options) for stage in net.stages],
-        glue=list(net.glue_lipschitz),
-        dtype=str(net.dtype),
-        versions=[torch.__version__, version("lipconvert")],
-    )
+    key = {
+        "network": fingerprint(net, glue=list(net.glue_lipschitz)),
+        "dtype": str(net.dtype),
+        "solver": [repr(stage.options) for stage in net.stages],
+        "method": method,
+        "seconds": seconds,
+        "attack": None if attack is None else attack.model_dump(mode="json"),
+        "radii": None if attack is None else thresholds.tolist(),  # without an attack one folder serves all radii
+        "versions": [torch.__version__, version("lipconvert")],
+    }
     found = over(
         data,
         work,
         batch_size=batch_size,
         shard_size=shard_size,
         folder=folder,
-        key=key,
+        key=json.dumps(key),
         seen=lambda done, total: seen("samples", done, total),
     )
     report = _report(certifier, found, thresholds, attack, empirical, model, name)
@@ -263,7 +268,13 @@ def _first(data: Any, count: int) -> Tensor:
             raise InvalidParameterError(
                 "data", type(sample).__name__, "its samples must be pairs (input tensor, label)"
             )
-    return torch.stack([x for x, _ in islice(samples, count)])
+    inputs = [x for x, _ in islice(samples, count)]
+    for k, x in enumerate(inputs):
+        if x.shape != inputs[0].shape:
+            raise ShapeError(
+                f"input {k} of the data", tuple(inputs[0].shape), tuple(x.shape), "All must have one shape."
+            )
+    return torch.stack(inputs)
 
 
 def _report(

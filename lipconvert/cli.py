@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import checkpoint, data, demo
+from .attack import METHODS as ATTACKS
 from .attack import empirical_lipschitz
 from .bounds import lipschitz_bound
 from .certify import CLIMB, CLIMBERS
@@ -46,6 +47,7 @@ from .errors import (
 )
 from .network import Network
 from .registry import plugins as registered
+from .report import require_page
 from .report import write as write_report
 from .schema import (
     AttackConfig,
@@ -557,8 +559,12 @@ def certify(
     attack: Annotated[
         str | None, typer.Option("--attack", help="pgd, apgd or ensemble: an upper bound beside the certificate")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="of the attack")] = AttackConfig().steps,
-    restarts: Annotated[int, typer.Option("--restarts", help="of the attack")] = AttackConfig().restarts,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help=f"of the attack, by default {AttackConfig().steps}")
+    ] = None,
+    restarts: Annotated[
+        int | None, typer.Option("--restarts", help=f"of the attack, by default {AttackConfig().restarts}")
+    ] = None,
     box: Annotated[
         str | None, typer.Option("--box", metavar="0,1", help="the attack keeps pixels inside; else the whole l2 ball")
     ] = None,
@@ -576,7 +582,9 @@ def certify(
 ) -> None:
     """Natural and certified accuracy on a data set, proved for the floats that run. Under torchrun on several processes."""
     wanted = _numbers(radii, "--radii", _fraction)
-    config = None if attack is None else _attack(attack, steps, restarts, box, attack_samples)
+    config = _attack(attack, steps, restarts, box, attack_samples)
+    if report_file is not None:
+        require_page(report_file)  # before hours are spent
     images = data.load(data_name, split, data_dir)
     with processes() as (rank, _):
         net = _network(model, weights, option, asked)
@@ -645,16 +653,36 @@ def tighten(
     _print_stages(console, report.stages)
 
 
-def _attack(method: str, steps: int, restarts: int, box: str | None, samples: int | None) -> AttackConfig:
+def _attack(
+    method: str | None, steps: int | None, restarts: int | None, box: str | None, samples: int | None
+) -> AttackConfig | None:
     bounds = None if box is None else tuple(_numbers(box, "--box", _fraction))
+    given = {"method": method, "steps": steps, "restarts": restarts, "box": bounds, "samples": samples}
+    given = {name: value for name, value in given.items() if value is not None}
+    if method is None:
+        for name in given:
+            raise InvalidParameterError(_OF_THE_ATTACK[name], "given", "it says how to attack: --attack pgd is missing")
+        return None
     try:
-        return AttackConfig.model_validate(
-            {"method": method, "steps": steps, "restarts": restarts, "box": bounds, "samples": samples}
-        )
+        return AttackConfig.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "--" + "-".join(str(part) for part in first["loc"][:1])
-        raise InvalidParameterError(where, repr(first["input"]), first["msg"]) from None
+        name = str(first["loc"][0])
+        needed = {
+            "method": f"it must be one of {', '.join(ATTACKS)}",
+            "box": "it must be two numbers, the least and the largest pixel, the smaller first",
+        }
+        value = box if name == "box" else given[name]
+        raise InvalidParameterError(_OF_THE_ATTACK[name], value, needed.get(name, "it must be at least 1")) from None
+
+
+_OF_THE_ATTACK = {
+    "method": "--attack",
+    "steps": "--steps",
+    "restarts": "--restarts",
+    "box": "--box",
+    "samples": "--attack-samples",
+}
 
 
 def _shown(bars: Progress) -> Callable[[str, int, int | None], None]:
@@ -690,10 +718,10 @@ def _network(model: str, weights: Path | None, option: Sequence[str] | None, ask
 
 def _print_robustness(console: Console, report: RobustnessReport) -> None:
     console.print(escape(f"{report.data}: {report.samples} samples, {report.dtype}"), soft_wrap=True)
-    empirical = "" if report.empirical_lipschitz is None else f", met by a search: {report.empirical_lipschitz:.5g}"
+    empirical = "" if report.empirical_lipschitz is None else f", met by a search: {report.empirical_lipschitz:.7g}"
     inflated = f" (at L(1 + {report.delta:g}))" if report.delta else ""
     console.print(
-        f"L prescribed {report.lipschitz:.7g}{inflated}, proved {report.proved_lipschitz:.5g}{empirical}",
+        f"L prescribed {report.lipschitz:.7g}{inflated}, proved {report.proved_lipschitz:.7g}{empirical}",
         soft_wrap=True,
     )
     table = Table(box=frames.SIMPLE_HEAD, title="certified accuracy (%)", title_justify="left")

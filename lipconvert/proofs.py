@@ -289,10 +289,16 @@ def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | N
         Lambda = dae.Lambda if Lambda is None else Lambda
         L = dae.lipschitz if lipschitz is None else float(lipschitz)
         enclosure = Enclosure.of(dae)
+    elif not isinstance(dae, Enclosure):
+        raise InvalidParameterError(
+            "what is to be proved", type(dae).__name__, "it must be a DAE: stage.running() of an LBEN"
+        )
     else:
         if Lambda is None or lipschitz is None:
             raise InvalidParameterError("Lambda, L", None, "an Enclosure has none of its own")
         enclosure, L = dae, float(lipschitz)
+    if not isinstance(Lambda, Tensor):
+        raise InvalidParameterError("Lambda", type(Lambda).__name__, "it must be a tensor (n,)")
     Lambda = Lambda.detach().to("cpu", torch.float64)
     if tuple(Lambda.shape) != (enclosure.states,):
         raise ShapeError("Lambda", (enclosure.states,), tuple(Lambda.shape))

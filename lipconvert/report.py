@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
+from .errors import InvalidParameterError
 from .files import whole
 from .plotting import (
     NARROW,
@@ -74,10 +75,22 @@ def render(report: RobustnessReport) -> str:
 
 
 def write(report: RobustnessReport, path: str | Path) -> None:
-    """`render` into a file, whole or not at all; folders on the way are made. Raises `OSError`."""
+    """`render` into a file, whole or not at all; folders on the way are made. Raises `OSError`, and `InvalidParameterError`
+    for what is no report, or a path that is none of a page."""
+    if not isinstance(report, RobustnessReport):
+        raise InvalidParameterError("report", type(report).__name__, "it must be what lipconvert.certify returns")
+    require_page(path)
     page = render(report)
     with whole(path) as partial:
         partial.write_text(page, encoding="utf-8", newline="\n")
+
+
+def require_page(path: str | Path) -> None:
+    """Raise `InvalidParameterError` where no page can be written: another suffix than .html or .htm, or a folder."""
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise InvalidParameterError("the path of the report", repr(str(path)), "it is an HTML page: NAME.html")
+    if Path(path).is_dir():
+        raise InvalidParameterError("the path of the report", repr(str(path)), "that is a folder: give a file in it")
 
 
 # Numbers and names

@@ -57,7 +57,8 @@ def over(
     processes' shards are not asked for (a loader's batches pass by), and all processes must call with the same arguments.
 
     ``folder`` keeps every finished shard (`InvalidParameterError` if it was made with another ``key``, batches or data); what
-    is found there is not computed again. ``key`` stands for all that the results depend on besides the data (`fingerprint`).
+    is found there is not computed again. ``key`` stands for all that the results depend on besides the data (`fingerprint`);
+    of keys that are JSON objects a refusal names the entries that differ.
     Whether the data are still the same is told, for a data set, by the first sample of each batch of a finished shard, and by
     all of them for a loader, which has to read them anyway. A shard that is cut short or damaged is computed again.
 
@@ -224,8 +225,8 @@ class _Run:
     def open(self) -> tuple[object, ...]:
         """Check all that can be before anything is computed; what every process must agree on."""
         for name, size in (("batch_size", self.batch_size), ("shard_size", self.shard_size)):
-            if size < 1:
-                raise InvalidParameterError(name, size, "at least one sample is needed")
+            if not isinstance(size, int) or size < 1:
+                raise InvalidParameterError(name, repr(size), "it must be a whole number, at least 1")
         if not self.loader and (
             isinstance(self.data, str) or not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__")
         ):
@@ -263,9 +264,7 @@ class _Run:
                 continue
             index = int(name[1])
             if metadata.get("key") != self.key:
-                self.refuse(
-                    index, f"was made with the key {metadata.get('key')!r}, not {self.key!r} (other weights or options)"
-                )
+                self.refuse(index, f"was made with {_difference(metadata.get('key'), self.key)}")
             if metadata.pop("seal", None) == _seal(metadata, results):
                 self.found[index] = metadata, results
 
@@ -352,6 +351,18 @@ class _Run:
         self.done += samples
         if self.seen is not None:
             self.seen(self.done, self.total)
+
+
+def _difference(found: str | None, here: str) -> str:
+    """Where two keys differ: the entries, for keys that are JSON objects."""
+    try:
+        there, own = json.loads(found or ""), json.loads(here)
+    except json.JSONDecodeError:
+        there, own = None, None
+    if not isinstance(there, dict) or not isinstance(own, dict):
+        return f"the key {found!r}, not {here!r} (other weights or options)"
+    names = [name for name in {**there, **own} if there.get(name) != own.get(name)]
+    return ", ".join(f"another {name} ({there.get(name)}, here {own.get(name)})" for name in names)
 
 
 def _name(index: int) -> str:

@@ -272,6 +272,62 @@ def test_samples_that_are_no_numbers_are_counted():
     assert report.sample_radii[3] == report.margins[3] == 0.0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_attack_passes_over_samples_that_are_no_numbers(value):
+    _, net = source("mondeq")
+    x, labels = torch.randn(20, 5), torch.randint(3, (20,))
+    clean = lc.certify(net, TensorDataset(x, labels), [0.0, 0.3], attack=AttackConfig(steps=5))
+    spoilt = x.clone()
+    spoilt[0, 1] = spoilt[13, 0] = value
+    report = lc.certify(net, TensorDataset(spoilt, labels), [0.0, 0.3], attack=AttackConfig(steps=5))
+    right = [clean.margins[k] > 0 for k in (0, 13)]
+    lost = sum(right) / 20
+    assert report.unconverged == 2
+    assert report.attack.attacked_accuracy[0] == pytest.approx(clean.attack.attacked_accuracy[0] - lost)
+    assert report.attack.attacked_accuracy[0] == report.natural_accuracy
+
+
+def changed_by_training(net):
+    with torch.no_grad():
+        net.stages[0].S[0, 1] += 1e-12
+
+
+def changed_glue(net):
+    net.steps[0].std.mul_(0.5)
+
+
+def changed_quietly(net):
+    net.stages[0].G.data.view(-1)[:2] = net.stages[0].G.data.view(-1)[:2].flip(0).clone()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [changed_by_training, changed_glue, changed_quietly, lambda net: net.float()],
+    ids=["trained", "glue", "quietly", "cast"],
+)
+def test_a_network_that_has_changed_is_not_certified_by_what_was_proved_before(change):
+    stage = lc.LBEN(6, 5, 3, epsilon=0.1).double()
+    net = lc.Network([lc.Normalize(0.5, 0.25).double(), stage], [None, None], (6,))
+    x, labels = torch.rand(4, 6), torch.zeros(4, dtype=torch.long)
+    certifier = lc.Certifier(net)
+    certifier(x, labels)
+    net.train().eval()
+    certifier(x, labels)
+    change(net)
+    with pytest.raises(lc.NoCertificateError, match=r"has changed since its constants were proved.*new Certifier"):
+        certifier(x, labels)
+    net.stages[0].refresh()
+    lc.Certifier(net)(x, labels)
+
+
+def test_a_solver_that_may_stop_quietly_is_noticed_later_too():
+    _, net = source("mondeq")
+    certifier = lc.Certifier(net)
+    net.set_options(lc.SolverOptions(throw=False))
+    with pytest.raises(lc.NoCertificateError, match="may stop quietly"):
+        certifier(torch.randn(4, 5), torch.zeros(4, dtype=torch.long))
+
+
 def test_unconverged_samples_count_as_wrong():
     _, net = source("mondeq")
     x, labels = torch.randn(20, 5), torch.randint(3, (20,))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,9 +290,19 @@ def test_tighten_prints_what_is_proved(factory, models):
         (("certify", "my_models:flat", "--data", "digits", "--method", "hope"), "method"),
         (("certify", "my_models:flat", "--data", "digits", "--seconds", "-1"), "seconds"),
         (("certify", "my_models:flat", "--data", "digits", "--batch-size", "0"), "batch_size"),
-        (("certify", "my_models:flat", "--data", "digits", "--attack", "hope"), "--method"),
-        (("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--steps", "0"), "--steps"),
-        (("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--box", "1"), "--box"),
+        (
+            ("certify", "my_models:flat", "--data", "digits", "--attack", "hope"),
+            "--attack is hope, but it must be one of pgd, apgd, ensemble",
+        ),
+        (("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--steps", "0"), "--steps is 0"),
+        (
+            ("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--attack-samples", "-1"),
+            "--attack-samples",
+        ),
+        (("certify", "my_models:flat", "--data", "digits", "--steps", "3"), "--attack pgd is missing"),
+        (("certify", "my_models:flat", "--data", "digits", "--box", "0,1"), "--attack pgd is missing"),
+        (("certify", "my_models:flat", "--data", "digits", "--report", "out.pdf"), "NAME.html"),
+        (("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--box", "1"), "--box is 1, but"),
         (("certify", "my_models:flat", "--data", "digits", "--attack", "pgd", "--box", "1,0"), "box"),
         (("tighten", "my_models:flat", "--method", "hope"), "method"),
         (("tighten", "my_models:flat", "--seconds", "0"), "seconds"),
@@ -302,6 +313,12 @@ def test_what_a_certificate_cannot_be_asked_for(arguments, said):
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
+
+
+def test_a_report_that_is_a_folder_is_noticed_first():
+    Path("pages.html").mkdir()
+    result = run("certify", "my_models:flat", "--data", "imagenet", "--report", "pages.html", code=2)
+    assert "that is a folder" in result.stderr
 
 
 @pytest.mark.parametrize(

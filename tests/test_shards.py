@@ -307,6 +307,15 @@ def test_files_that_are_none_of_ours_stay(tmp_path):
     assert files(tmp_path) == ["notes.txt", *(file_of(k) for k in range(SHARDS)), "shard-1.safetensors"]
 
 
+def test_a_refusal_names_what_differs(tmp_path):
+    run(folder=tmp_path, key='{"network": "abc", "method": "tightened", "seconds": null}')
+    with pytest.raises(lc.InvalidParameterError) as caught:
+        run(folder=tmp_path, key='{"network": "abc", "method": "pairwise", "seconds": 3.0}')
+    assert "made with another method (tightened, here pairwise), another seconds (None, here 3.0): use" in str(
+        caught.value
+    )
+
+
 def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced, named = [], []
     fsync, replace = os.fsync, Path.replace
@@ -348,6 +357,7 @@ class Single(Pairs):
     ("data", "options", "message"),
     [
         (Pairs(), {"key": "b"}, r"shard-00001.safetensors was made with the key 'a', not 'b' \(other weights or"),
+        (Pairs(), {"key": '{"a": 1}'}, r"was made with the key 'a', not '{\"a\": 1}'"),
         (Pairs(), {"batch_size": 5}, r"end at samples 12 16 20 24, here at 10 15 20: another batch_size"),
         (Pairs(), {"shard_size": 13}, r"end at samples 12 16 20 24, here at 16 20 24 28 32"),
         (Pairs(50), {}, r"shard-00004.safetensors was cut .* 48 52 53, here at 48 50: .* number of samples"),
