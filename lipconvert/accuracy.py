@@ -354,8 +354,9 @@ class Accuracy:
         moved_x = distance + 2.0 * sums.eta * largest  # of its coordinates, as they are computed
         by_z, by_x, by_1 = sums.scale
         tail = sums.tolerance + sums.elementary
-        per_z = tail * by_z + 2.0 * sums.eta  # of the slip, per ‖z′‖
-        slip = _plus(tail * by_x * largest, tail * by_1 + under)
+        # σ's values are transformed once: ‖z′ − s′‖ ≤ tail·scale + η‖s′‖, ‖s′‖ ≤ ‖z′‖ + ‖z′ − s′‖
+        per_z = (tail * by_z + sums.eta) / (1.0 - sums.eta)  # of the slip, per ‖z′‖
+        slip = _plus(tail * by_x * largest, tail * by_1 + under) / (1.0 - sums.eta)
         outputs, functionals = [], []
         for m, growth in zip(found, sums.growth, strict=True):
             # e bounds ‖D(z′ − z*(x′))‖, so ‖D(z′ − z)‖ is at most K·distance + 2e. The residual |d|_P and the slip ‖z′ − s′‖

@@ -286,6 +286,71 @@ def test_transforms_that_are_as_bad_as_they_may_be(dtype, monkeypatch):
     assert bool((pair_differences(off).abs() <= found.pair_error[..., 0]).all())
 
 
+@pytest.mark.parametrize("pair", [False, True], ids=["output", "difference"])
+def test_the_bound_of_four_transforms_is_reached(pair, monkeypatch):
+    """With η so large that nothing else counts, each of the four off by η of its norm, where the output, or the difference of
+    two logits, sees it best: the bound is met, so none of its terms can be left out."""
+    image, eta = (4, 4), 1e-6
+    monkeypatch.setattr("lipconvert.accuracy.transform_growth", lambda image: eta * 2.0**53)
+    net = lc.Network([identity_stage(2, image), nn.Flatten()], [None, None], (2, *image))
+    x = 1.0 + torch.rand(3, 2, *image)
+    truth, accuracy = exact(net, x), accuracy_of(net)
+    direction = torch.zeros(2, *image)
+    direction[0, 0, 0], direction[1, 2, 1] = 0.5**0.5, -(0.5**0.5)
+    turned = iter([direction.roll(-1, 0), direction, direction, direction])  # the permutation comes behind the first
+
+    def adversarial(values):
+        size = torch.linalg.vector_norm(values.flatten(1), dim=1)[:, None, None, None]
+        along = next(turned, torch.zeros_like(direction)) if pair else values / size
+        return values + eta * size * along
+
+    to_coordinates, to_values = lc.Grid.coordinates, lc.Grid.values
+    monkeypatch.setattr(lc.Grid, "coordinates", lambda grid, x: to_coordinates(grid, adversarial(x)))
+    monkeypatch.setattr(lc.Grid, "values", lambda grid, X: adversarial(to_values(grid, X)))
+    found = accuracy.evaluate(x)
+    off = found.value - truth
+    if pair:
+        k = class_pairs(32).index((2 * 4 + 1 + 16, 0))
+        off, bound = (off[:, 25] - off[:, 0]).abs(), found.pair_error[:, k, 0]
+    else:
+        off, bound = norms(off), found.error[:, 0]
+    assert bool((off <= bound).all())
+    assert bool((off >= 0.9 * bound).all())
+
+
+def test_an_elementary_function_may_be_off_by_what_is_said(monkeypatch):
+    ulps = 1e7
+    monkeypatch.setattr("lipconvert.accuracy.ELEMENTARY", ulps)
+    n = 4
+    dae = lc.DAE(torch.zeros(n, n), torch.eye(n), torch.eye(n), torch.ones(n), activations=lc.Activations("tanh", n))
+    net, x = lc.Network([lc.LBEN.from_dae(dae)], [None], (n,)), torch.randn(5, n)
+    truth, accuracy = exact(net, x), accuracy_of(net)
+    monkeypatch.setattr(torch, "tanh", worst(torch.tanh, ulps * 2.0**-53))
+    found = accuracy.evaluate(x)
+    off = found.value - truth
+    assert bool((norms(off) > 0.5 * ulps * 2.0**-53 * norms(truth)).all())
+    assert bool((norms(off) <= found.error[:, 0]).all())
+    assert bool((pair_differences(off).abs() <= found.pair_error[..., 0]).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_complex_products_that_round_as_badly_as_they_may(dtype, monkeypatch):
+    """Of n complex products: two sums of 2n real ones, off by 2n u of Σ|a||b| each."""
+    u, n, image = torch.finfo(dtype).eps / 2, 64, (1, 1)
+    grid = lc.Grid(image)
+    U, G = (grid.matrices((torch.rand(n, n) / n)[:, :, None, None]) for _ in range(2))
+    dae = lc.DAE(torch.zeros_like(U), U, G, torch.ones(n), torch.ones(n) / n, torch.ones(n) / n, grid=grid)
+    net = lc.Network([lc.LBEN.from_dae(dae), nn.Flatten()], [None, None], (n, *image)).to(dtype)
+    x = torch.rand(5, n, *image, dtype=dtype)
+    truth, accuracy = exact(net, x), accuracy_of(net)
+    monkeypatch.setattr(lc.LBEN, "drive", worst(lc.LBEN.drive, 2.8 * n * u))
+    monkeypatch.setattr(lc.LBEN, "readout", worst(lc.LBEN.readout, 2.8 * n * u))
+    found = accuracy.evaluate(x)
+    off = found.value.double() - truth
+    assert bool((norms(off) <= found.error[:, 0]).all())
+    assert bool((pair_differences(off).abs() <= found.pair_error[..., 0]).all())
+
+
 @pytest.mark.parametrize("where", ["alone", "before", "behind"])
 @pytest.mark.parametrize("glue", [lc.Normalize(0.5, 0.01), lc.MeanPool(2), nn.AvgPool2d(2), nn.Tanh()], ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
