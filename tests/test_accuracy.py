@@ -286,6 +286,135 @@ def test_transforms_that_are_as_bad_as_they_may_be(dtype, monkeypatch):
     assert bool((pair_differences(off).abs() <= found.pair_error[..., 0]).all())
 
 
+def signed(function, growth):
+    """The function with errors of ``growth`` of its values, up in the first entry, down in the second, and so on."""
+
+    def wrapped(*arguments, **options):
+        values = function(*arguments, **options)
+        signs = torch.ones(values.shape[1]).to(values)
+        signs[1::2] = -1.0
+        return values * (1.0 + growth * signs)
+
+    return wrapped
+
+
+def fan_in(scale: float = 1.0, n: int = 512, q: int = 4) -> lc.LBEN:
+    """y = relu(x)·1′/(2√n) in each of q outputs: U = I rounds nothing, G sums n terms."""
+    eye, G = torch.eye(n), torch.full((q, n), 0.5 * scale / n**0.5)
+    return lc.LBEN.from_dae(lc.DAE(torch.zeros(n, n), eye, G, torch.full((n,), scale), lipschitz=scale))
+
+
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_a_readout_that_rounds_as_badly_as_it_may(at, monkeypatch):
+    """At x, and at x′ far from an x where all is 0; in opposite directions for two logits."""
+    u, n = 2.0**-53, 512
+    net, accuracy = lc.Network([fan_in()], [None], (n,)), None
+    accuracy = accuracy_of(net)
+    x, step = at * torch.rand(3, n), torch.rand(3, n)
+    near = x + step
+    truth = {0: exact(net, x), 1: exact(net, near)}
+    monkeypatch.setattr(lc.LBEN, "readout", signed(lc.LBEN.readout, n * u))
+    found = accuracy.evaluate(x)
+    for k, (place, r) in enumerate(((x, torch.zeros(3)), (near, norms(step)))):
+        with torch.no_grad():
+            off = net(place) - truth[k]
+        bound, pairs = (
+            e[..., 0] + e[..., 1] * r.reshape(-1, *[1] * (e.dim() - 2)) for e in (found.error, found.pair_error)
+        )
+        assert bool((norms(off) <= bound).all())
+        assert bool((pair_differences(off).abs() <= pairs).all())
+        if at or k:
+            assert bool((norms(off) >= 0.3 * bound).all())
+            assert bool((pair_differences(off)[:, 0].abs() >= 0.3 * pairs[:, 0]).all())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_states_that_round_as_badly_as_they_may_at_perturbed_inputs(layers, monkeypatch):
+    """x = 0 is exact; at x′ sums of n products of the first block, and of the second, are off by n u."""
+    u, n = 2.0**-53, 64
+    blocks = [torch.rand(n, n) / n for _ in range(layers)]
+    zero, eye = torch.zeros(n, n), torch.eye(n)
+    W = torch.zeros(layers * n, layers * n)
+    if layers == 2:
+        W[n:, :n] = blocks[1]
+    U = torch.cat([blocks[0] if layers == 1 else eye, zero][:layers])
+    G = torch.cat([zero, eye], 1)[:, -layers * n :]
+    stage = lc.LBEN.from_dae(lc.DAE(W, U, G, torch.ones(layers * n), blocks=(n,) * layers))
+    net = lc.Network([stage], [None], (n,))
+    accuracy, x = accuracy_of(net), torch.rand(5, n)
+    truth = exact(net, x)
+    if layers == 1:
+        monkeypatch.setattr(lc.LBEN, "drive", worst(lc.LBEN.drive, n * u))
+    else:
+        monkeypatch.setattr(StateMap, "rows_below", worst(StateMap.rows_below, n * u))
+    found = accuracy.evaluate(torch.zeros(5, n))
+    with torch.no_grad():
+        off = net(x) - truth
+    r = norms(x)
+    assert bool((found.error[:, 0] < 1e-20).all())
+    assert bool((norms(off) <= found.error[:, 1] * r).all())
+    assert bool((norms(off) >= 0.1 * found.error[:, 1] * r).all())
+    assert bool((pair_differences(off).abs() <= found.pair_error[..., 1] * r.unsqueeze(1)).all())
+
+
+class Rough(nn.Module):
+    """A third party's glue that is the identity, but for errors of as many units as there are entries."""
+
+    lipschitz = 1.0
+
+    def forward(self, x):
+        return signed(lambda x: x, x.shape[1] * 2.0**-53)(x)
+
+
+def test_glue_behind_the_last_stage_that_rounds_as_badly_as_it_may():
+    n = 200
+    stage = lc.LBEN.from_dae(lc.DAE(torch.zeros(n, n), torch.eye(n), torch.eye(n), torch.ones(n)))
+    net, x = lc.Network([stage, Rough()], [None, 1.0], (n,)), torch.rand(3, n)
+    x[:, 2:] *= 1e-3
+    found = accuracy_of(net).evaluate(x)
+    off = found.value - x
+    assert bool((norms(off) <= found.error[:, 0]).all())
+    assert bool((norms(off) >= 0.5 * found.error[:, 0]).all())
+    assert found.pair_error is None  # what it does to single logits is not known
+
+
+def test_pooling_behind_the_last_stage_that_rounds_as_badly_as_it_may(monkeypatch):
+    """Its windows of 256 pixels, in opposite directions for two logits; transforms, which are better, left out of the bound."""
+    image = (16, 16)
+    monkeypatch.setattr("lipconvert.accuracy.transform_growth", lambda image: 0.0)
+    net = lc.Network([identity_stage(2, image), lc.MeanPool(16), nn.Flatten()], [None] * 3, (2, *image))
+    x = torch.ones(1, 2, *image) * torch.tensor([1.0, 2.0])[:, None, None]
+    truth, accuracy = exact(net, x), accuracy_of(net)
+    monkeypatch.setattr(lc.MeanPool, "forward", signed(lc.MeanPool.forward, 256 * 2.0**-53))
+    found = accuracy.evaluate(x)
+    off = pair_differences(found.value - truth)
+    assert bool((off.abs() <= found.pair_error[..., 0]).all())
+    assert bool((off.abs() >= 0.5 * found.pair_error[..., 0]).all())
+
+
+def test_what_a_first_stage_stretches_rounds_more_in_the_second(monkeypatch):
+    u, n, L = 2.0**-53, 512, 3.0
+    first = lc.LBEN.from_dae(
+        lc.DAE(torch.zeros(n, n), torch.eye(n), L * torch.eye(n), torch.full((n,), L), lipschitz=L)
+    )
+    net = lc.Network([first, nn.ReLU(), fan_in()], [None, None, None], (n,))
+    accuracy, x = accuracy_of(net), torch.rand(3, n)
+    truth = exact(net, x)
+    readout = lc.LBEN.readout
+    monkeypatch.setattr(
+        lc.LBEN,
+        "readout",
+        lambda stage, *rest: (readout if len(stage.b_y) == n else signed(readout, n * u))(stage, *rest),
+    )
+    found = accuracy.evaluate(torch.zeros(3, n))
+    with torch.no_grad():
+        off = net(x) - truth
+    assert bool((norms(off) <= found.error[:, 0] + found.error[:, 1] * norms(x)).all())
+    assert bool((norms(off) >= 0.35 * found.error[:, 1] * norms(x)).all())
+    pairs = found.pair_error[:, 0, 0] + found.pair_error[:, 0, 1] * norms(x)
+    assert bool((pair_differences(off)[:, 0].abs() <= pairs).all())
+
+
 @pytest.mark.parametrize("pair", [False, True], ids=["output", "difference"])
 def test_the_bound_of_four_transforms_is_reached(pair, monkeypatch):
     """With η so large that nothing else counts, each of the four off by η of its norm, where the output, or the difference of
