@@ -293,7 +293,7 @@ def signed(function, growth):
         values = function(*arguments, **options)
         signs = torch.ones(values.shape[1]).to(values)
         signs[1::2] = -1.0
-        return values * (1.0 + growth * signs)
+        return values * (1.0 + growth * signs.reshape(-1, *[1] * (values.dim() - 2)))
 
     return wrapped
 
@@ -379,7 +379,7 @@ def test_glue_behind_the_last_stage_that_rounds_as_badly_as_it_may():
 
 
 def test_pooling_behind_the_last_stage_that_rounds_as_badly_as_it_may(monkeypatch):
-    """Its windows of 256 pixels, in opposite directions for two logits; transforms, which are better, left out of the bound."""
+    """Its windows of 256 pixels, in opposite directions for two logits; the bound without what transforms may do."""
     image = (16, 16)
     monkeypatch.setattr("lipconvert.accuracy.transform_growth", lambda image: 0.0)
     net = lc.Network([identity_stage(2, image), lc.MeanPool(16), nn.Flatten()], [None] * 3, (2, *image))

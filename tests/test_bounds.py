@@ -167,6 +167,17 @@ def inverse(A: list[list[Fraction]]) -> list[list[Fraction]]:
     return [row[n:] for row in rows]
 
 
+def test_what_the_last_segment_is_given_by_the_others_counts():
+    """Two stages that no matrix joins, the first stretching by 3: the constants of pairs are those of the second, times 3."""
+    M = torch.randn(3, 5)
+    stretch = linear(3.0 * torch.eye(5)).steps[0]
+    net = lc.Network([stretch, nn.Tanh(), linear(M).steps[0]], [None] * 3, (5,))
+    for bound in by_method(net):
+        assert len(bound.segments) == 3
+        assert bool((bound.pairs >= 3.0 * pair_distances(M)).all())
+    np.testing.assert_allclose(bound.pairs.numpy(), 3.0 * pair_distances(M).numpy(), rtol=1e-5, atol=1e-12)
+
+
 def test_the_search_starts_away_from_where_the_condition_is_singular():
     """In float64 H of a Sandwich network is singular to 1e-8 at its Λ; in float32, rounded, L and Λ are less tight."""
     model = SandwichNetwork(inputs=60, classes=10, features=60, dense_depth=2).double()
