@@ -138,7 +138,7 @@ class Accuracy:
 
     def __init__(self, bounds: Bounds) -> None:
         self.net = net = bounds.net
-        self._weights = _weights(net)
+        self._weights = {name: value.clone() for name, value in _weights(net).items()}
         self.require_unchanged()
         self._constants = [L * (1.0 + 2.0**-44) for L in net.step_lipschitz]
         for k, (step, stage) in enumerate(zip(net.steps, bounds.stages, strict=True)):
@@ -419,7 +419,8 @@ class Accuracy:
 
 
 def _weights(net: Network) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+    """All tensors that the network's outputs depend on."""
+    return {name: value.detach() for name, value in net.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _window(pool: Any) -> int:

@@ -179,6 +179,8 @@ class Bounds:
 
     def _read(self) -> None:
         net = self.net
+        for stage in net.stages:
+            stage.refresh()  # a few entries written through ``.data`` are not noticed: what is proved is what runs
         pending: list[tuple[nn.Module, tuple[int, ...], float]] = []  # glue not yet taken in or counted
         shape = net.input_shape
         for step, L in zip(net.steps, net.step_lipschitz, strict=True):

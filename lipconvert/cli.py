@@ -573,6 +573,7 @@ def certify(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="keep finished shards there, and go on from them")
     ] = None,
+    shard_size: Annotated[int, typer.Option("--shard-size", help="samples after which --resume can go on")] = 1024,
     batch_size: Annotated[int, typer.Option("--batch-size", help="samples evaluated at once")] = 256,
     weights: WeightsOption = None,
     option: OptionOption = None,
@@ -599,18 +600,19 @@ def certify(
                 attack=config,
                 seconds=seconds,
                 folder=resume,
+                shard_size=shard_size,
                 seen=_shown(bars),
                 model=model,
                 name=f"{data_name}, {split}",
             )
         if rank > 0:
             return
-        if report_file is not None:
-            write_report(report, report_file)
         if as_json:
             _print_json(report.model_dump(mode="json"))
         else:
             _print_robustness(_console(), report)
+        if report_file is not None:  # last: what cannot be written must not take the numbers with it
+            write_report(report, report_file)
 
 
 @app.command()

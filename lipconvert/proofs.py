@@ -23,8 +23,9 @@ from .spectrum import DENSE, Grid, hermitian, least_eigenvalue
 # weights, whose rounding violates (10) by 10⁻⁷, need one or two more.
 DELTAS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
-# λ_min of R in its gauge below which no gain is proved: it costs (residual)²/SHIFT, and the residuals are 10⁻¹³.
-SHIFT = 1e-10
+# Lower bounds c of λ_min(R), in its gauge, that are tried: a gain costs (residual)²/c. Residuals are 10⁻¹³, or what rounded
+# kernels in float32 leave, 10⁻⁷.
+MARGINS = (1e-1, 1e-2, 1e-3, 1e-5, 1e-7, 1e-10)
 
 
 @dataclass(frozen=True)
@@ -240,23 +241,28 @@ def prove_gains(
     infinite = torch.full((count,), float("inf"), dtype=torch.float64)
     given = rows.abs() if radius is None else torch.cat([rows.abs(), radius])
     sane = bool((((given >= 1e-140) & (given <= 1e140)) | (given == 0)).all())
-    if not sane or not exceeds(R, error, SHIFT):
+    margin = next((c for c in MARGINS if exceeds(R, error, c)), None) if sane else None
+    if margin is None:
         return infinite, infinite.clone()
     grid = enclosure.grid
     # columns: (F, n, m) or (n, m)
     g = (rows * inverse).movedim(0, -1).contiguous()
     spread = torch.zeros_like(g.real) if radius is None else (radius * inverse).movedim(0, -1)
     metric = Q * inverse * inverse  # at most 2
-    bound, size = _solved(R, g, spread, error, metric, grid)
+    bound, size = _solved(R, g, spread, error, margin, metric, grid)
     if grid.asymmetry(R) or grid.asymmetry(g):
-        R, _, error = enclosure.mean.lmi(Q, None, parts)  # at least as definite
+        R, _, error = enclosure.mean.lmi(
+            Q, None, parts
+        )  # at least as definite: R of a mean is no less than the mean of R
         g, spread = (0.5 * (M + grid.mirrored(M)) for M in (g, spread))
-        size = torch.maximum(size, _solved(R, g, spread, error, metric, grid)[1])
+        size = torch.maximum(size, _solved(R, g, spread, error, margin, metric, grid)[1])
     return bound, size
 
 
-def _solved(R: Tensor, g: Tensor, spread: Tensor, error: float, metric: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """`prove_gains` for R ⪰ SHIFT·I within ``error`` of what is meant, g within ``spread``, all in the gauge."""
+def _solved(
+    R: Tensor, g: Tensor, spread: Tensor, error: float, margin: float, metric: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """`prove_gains` for R ⪰ ``margin``·I within ``error`` of what is meant, g within ``spread``, all in the gauge."""
     weights = grid.weights(torch.ones((), dtype=torch.float64))
     lower = torch.linalg.cholesky(R)
     h = torch.cholesky_solve(g, lower)
@@ -276,12 +282,12 @@ def _solved(R: Tensor, g: Tensor, spread: Tensor, error: float, metric: Tensor, 
     residual = (total(r.abs().square()).sqrt() + slips) * SLACK
     dot = total((h.conj() * (g + r)).real)
     blur = total(size_h * (k * (size_g + r.abs()) + 2.0 * spread)) + norm_h * slips
-    bound = dot + (blur + residual.square() / SHIFT) * SLACK
+    bound = dot + (blur + residual.square() / margin) * SLACK
     # the final sums over n and F of terms of both signs round by γ of their sizes, counted in k
     longest = operations(R.shape[-1] * max(1, len(weights.flatten())), R)
     bound = bound + gamma(longest) * total(size_h * (size_g + r.abs()))
     in_metric = total(metric.unsqueeze(-1) * size_h.square()).sqrt()
-    return bound, (in_metric + 2.0**0.5 * residual / SHIFT) * SLACK
+    return bound, (in_metric + 2.0**0.5 * residual / margin) * SLACK
 
 
 def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | None) -> tuple[Enclosure, Tensor, float]:

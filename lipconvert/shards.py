@@ -59,8 +59,7 @@ def over(
     ``folder`` keeps every finished shard (`InvalidParameterError` if it was made with another ``key``, batches or data); what
     is found there is not computed again. ``key`` stands for all that the results depend on besides the data (`fingerprint`);
     of keys that are JSON objects a refusal names the entries that differ.
-    Whether the data are still the same is told, for a data set, by the first sample of each batch of a finished shard, and by
-    all of them for a loader, which has to read them anyway. A shard that is cut short or damaged is computed again.
+    Its samples are read again, to see that the data are the same. A shard that is cut short or damaged is computed again.
 
     ``seen`` is called with (samples known to be done, all samples or None) after each batch and each shard found.
 
@@ -172,31 +171,29 @@ def _require_same(values: Sequence[object], what: str) -> None:
 
 
 class _Batch(NamedTuple):
-    """A batch, not read yet: its shard, its first sample, their number, and ``first(n)``, the first n (inputs, labels)."""
+    """A batch, not read yet: its shard, its first sample, their number, and what reads (inputs, labels)."""
 
     shard: int
     start: int
     size: int
-    first: Callable[[int], tuple[Tensor, Tensor]]
+    read: Callable[[], tuple[Tensor, Tensor]]
 
 
 class _Source:
-    """What a shard is made from: where its batches end, and SHA-256 of all its samples and of the first of each batch."""
+    """What a shard is made from: where its batches end, and SHA-256 of its samples."""
 
     def __init__(self) -> None:
         self.bounds: list[int] = []
-        self.all, self.firsts = hashlib.sha256(), hashlib.sha256()
+        self.all = hashlib.sha256()
 
     def add(self, batch: _Batch, x: Tensor, labels: Tensor) -> None:
         self.bounds = [*(self.bounds or [batch.start]), batch.start + batch.size]
         _hash(self.all, x, labels)
-        _hash(self.firsts, x[:1], labels[:1])
 
     def metadata(self) -> dict[str, str]:
         return {
             "samples": " ".join(map(str, self.bounds)),
             "inputs": self.all.hexdigest(),
-            "first inputs": self.firsts.hexdigest(),
         }
 
 
@@ -275,24 +272,24 @@ class _Run:
     def batches(self) -> Iterator[_Batch]:
         """All batches in order; those of a map-style set are read only when they are asked for."""
         shard = start = begun = 0
-        for size, first in self.cut():
-            yield _Batch(shard, start, size, first)
+        for size, read in self.cut():
+            yield _Batch(shard, start, size, read)
             start += size
             if start - begun >= self.shard_size:
                 shard, begun = shard + 1, start
         self.samples = start
 
-    def cut(self) -> Iterator[tuple[int, Callable[[int], tuple[Tensor, Tensor]]]]:
+    def cut(self) -> Iterator[tuple[int, Callable[[], tuple[Tensor, Tensor]]]]:
         if self.loader:
             with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers when it begins
                 loaded = iter(self.data)
             for batch in loaded:
-                x, labels = _pair(batch)
-                yield len(labels), partial(_head, x, labels)
+                pair = _pair(batch)
+                yield len(pair[1]), partial(tuple, pair)
         else:
             for start in range(0, len(self.data), self.batch_size):
                 size = min(self.batch_size, len(self.data) - start)
-                yield size, partial(_collated, self.data, start)
+                yield size, partial(_collated, self.data, start, size)
 
     def shards(self) -> tuple[int, dict[int, dict[str, Tensor]]]:
         """The number of all samples, and the results of this process's shards: found, or computed and written."""
@@ -315,7 +312,7 @@ class _Run:
         """Results of a shard, written if there is a folder."""
         source, parts = _Source(), []
         for batch in batches:
-            x, labels = batch.first(batch.size)
+            x, labels = batch.read()
             if self.folder is not None:
                 source.add(batch, x, labels)
             parts.append(_rows(self.work(x, labels, batch.start), batch.size))
@@ -335,12 +332,12 @@ class _Run:
         """Refuse a shard that was found if it was not made from these batches."""
         found, source = self.found[index][0], _Source()
         for batch in batches:
-            source.add(batch, *batch.first(batch.size if self.loader else 1))
+            source.add(batch, *batch.read())
         here = source.metadata()
         if found["samples"] != here["samples"]:
             ends = f"batches end at samples {found['samples']}, here at {here['samples']}"
             self.refuse(index, f"was cut otherwise ({ends}: another batch_size, shard_size or number of samples)")
-        if any(found[entry] != here[entry] for entry in ("first inputs", *["inputs"] * self.loader)):
+        if found["inputs"] != here["inputs"]:
             self.refuse(index, f"was made from other data in samples {source.bounds[0]} to {source.bounds[-1] - 1}")
 
     def refuse(self, index: int, what: str) -> NoReturn:
@@ -404,10 +401,6 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if labels.dim() != 1 or x.shape[:1] != labels.shape:
         raise ShapeError("the labels of a batch", tuple(x.shape[:1]), tuple(labels.shape))
     return x, labels
-
-
-def _head(x: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return x[:size], labels[:size]
 
 
 def _rows(results: Any, size: int) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from lipconvert_plugins.sll import SLLConv2d, SLLLinear, SLLNetwork
 from torch import Tensor, nn
 
 import lipconvert as lc
+from lipconvert import bounds as bounds_module
 from lipconvert.bounds import METHODS, Bounds, Segment, class_pairs
 from lipconvert.proofs import Enclosure
 from lipconvert.schema import LipschitzReport
@@ -176,6 +177,56 @@ def test_what_the_last_segment_is_given_by_the_others_counts():
         assert len(bound.segments) == 3
         assert bool((bound.pairs >= 3.0 * pair_distances(M)).all())
     np.testing.assert_allclose(bound.pairs.numpy(), 3.0 * pair_distances(M).numpy(), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.3, 3.0, 30.0])
+@pytest.mark.parametrize("name", ["aol", "mondeq", "sandwich"])
+def test_a_search_that_goes_wrong_can_only_lose(name, factor, monkeypatch):
+    """Multipliers from anywhere: what is not proved with them does not count."""
+    model, net = example(name, 0)
+    weaker = Bounds(net).bound("pairwise")
+
+    def astray(E, start, rows=None, **options):
+        Q = start * factor * torch.exp(torch.randn(start.shape[-1]))
+        return Q if rows is None else Q.expand(len(rows), -1)
+
+    monkeypatch.setattr("lipconvert.bounds.best_gains", astray)
+    monkeypatch.setattr("lipconvert.bounds.best_outputs", astray)
+    found = Bounds(net).bound("tightened")
+    J = jacobians(model, torch.randn(64, *net.input_shape))
+    assert float(torch.linalg.matrix_norm(J, 2).amax()) <= found.lipschitz <= weaker.lipschitz
+    assert bool((found.pairs >= pair_distances(J).amax(0)).all())
+    assert bool((found.pairs <= weaker.pairs).all())
+
+
+def averages() -> lc.Network:
+    """The sums of two channels of 2×2 images, one of them less: y_0 − y_1 has the constant √(1 + 1/16), below √2."""
+    stage = lc.LBEN(2, 2, 2, image=(2, 2), lipschitz=2.0, epsilon=0.5, fill=False).double()
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.zero_()
+        stage.U[:, :, 0, 0] = stage.G[:, :, 0, 0] = torch.eye(2)
+    scale = lc.Normalize([0.0, 0.0], [1.0, 4.0]).double()
+    return lc.Network([stage, lc.MeanPool(2), scale, nn.Flatten()], [None] * 4, (2, 2, 2))
+
+
+@pytest.mark.parametrize("which", ["transforms", "glue"])
+def test_what_matrices_may_be_off_reaches_the_constants(which, monkeypatch):
+    """With radii of 1e-3, as if a transform, or the matrix of glue, were no better."""
+    before = Bounds(averages()).bound("tightened").pairs[0, 1]
+    if which == "transforms":
+        monkeypatch.setattr(lc.Grid, "matrices_error", lambda grid, K, M: torch.full(M.shape, 1e-3))
+    else:
+        matrix = bounds_module._matrix
+        monkeypatch.setattr(
+            "lipconvert.bounds._matrix",
+            lambda *arguments, **options: (M := matrix(*arguments, **options)) and (M[0], M[1] + 1e-3),
+        )
+    after = Bounds(averages()).bound("tightened").pairs[0, 1]
+    assert float(before) == pytest.approx((1.0 + 1.0 / 16.0) ** 0.5, rel=1e-3)
+    # U and G may be larger by 1e-3 of an entry 1; the functional (2, −1/2) at frequency 0 by 1e-3 in each
+    grown = float(after) / float(before) - 1.0
+    assert (3.5e-3 if which == "transforms" else 0.5e-3) <= grown <= 1e-2
 
 
 def test_the_search_starts_away_from_where_the_condition_is_singular():
