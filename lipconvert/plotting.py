@@ -226,6 +226,7 @@ def draw_margins(report: RobustnessReport, layout: Layout) -> Figure:
     _uprights(axes, layout, needed, INK, zorder=3)
     beyond = [name for margin, name in needed.items() if margin > axes.get_xlim()[1]]
     if beyond and len(known):
+        axes.set_ylim(top=1.12 * axes.get_ylim()[1])  # room above the bars
         text = f"further right: {', '.join(beyond[:4])}{', …' if len(beyond) > 4 else ''} →"
         axes.text(1.0, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=layout.text, color=LABEL)
     _legend_below(figure, layout)

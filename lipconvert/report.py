@@ -154,17 +154,24 @@ def _prescribed_is_proved(report: RobustnessReport) -> bool:
 # What the page says
 
 
+def _told(report: RobustnessReport) -> int:
+    """The radius to speak of, its number: the greatest at which anything is certified, else the smallest."""
+    shares = zip(report.radii, report.certified_accuracy, strict=False)
+    return max((k for k, (_, share) in enumerate(shares) if share > 0.0), default=0)
+
+
 def _headline(report: RobustnessReport) -> str:
+    at = _told(report)
     sentence = (
-        f"At l2 radius {radius_name(report.radii[-1])}, {_share(report.certified_accuracy[-1])} of "
+        f"At l2 radius {radius_name(report.radii[at])}, {_share(report.certified_accuracy[at])} of "
         f"{_count(report.samples, 'sample')} are certified"
     )
     if report.method == "prescribed":
         sentence += " with the prescribed constant"
     else:
-        sentence += f" (prescribed constant: {_share(report.methods[0].certified_accuracy[-1])})"
+        sentence += f" (prescribed constant: {_share(report.methods[0].certified_accuracy[at])})"
     if report.attack is not None:
-        sentence += f"; an attack ({_attack(report.attack)}) leaves {_share(report.attack.attacked_accuracy[-1])}"
+        sentence += f"; an attack ({_attack(report.attack)}) leaves {_share(report.attack.attacked_accuracy[at])}"
         sentence += f" of the first {report.attack.samples:,}" if _in_part(report) else ""
     return sentence + "."
 
@@ -361,13 +368,14 @@ def _facts(report: RobustnessReport) -> Markup:
 
 
 def _bar(report: RobustnessReport) -> Markup:
-    """The samples at the greatest radius in four parts that add up to all of them."""
-    natural, certified, attacked = report.natural_accuracy, report.certified_accuracy[-1], None
-    where = f"At radius {radius_name(report.radii[-1])}"
+    """The samples at one radius in four parts that add up to all of them."""
+    at = _told(report)
+    natural, certified, attacked = report.natural_accuracy, report.certified_accuracy[at], None
+    where = f"At radius {radius_name(report.radii[at])}"
     if report.attack is not None:
-        natural, attacked = attacked_bounds(report)[0][1], report.attack.attacked_accuracy[-1]
+        natural, attacked = attacked_bounds(report)[0][1], report.attack.attacked_accuracy[at]
         if _in_part(report):
-            certified = certified_of_first(report, report.attack.samples, report.radii[-1:])[0]
+            certified = certified_of_first(report, report.attack.samples, [report.radii[at]])[0]
             where += f", of the first {report.attack.samples:,}"
     upper = natural if attacked is None else attacked
     parts = [("certified", certified), ("not known", upper - certified)]

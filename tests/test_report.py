@@ -233,6 +233,12 @@ class TestNumbers:
             in text
         )
 
+    @pytest.mark.parametrize(("certified", "spoken_of"), [((0.5, 0.2, 0.0, 0.0), "72/255"), ((0.0,) * 4, "36/255")])
+    def test_the_headline_is_of_a_radius_at_which_anything_is_certified(self, certified, spoken_of, pages):
+        found, _, _ = pages("prescribed only")
+        text = report.render(found.model_copy(update={"certified_accuracy": list(certified)}))
+        assert f"At l2 radius {spoken_of}, {100 * max(certified[1], 0):.1f}\u00a0% of 400" in text
+
     @pytest.mark.parametrize("case", CASES)
     def test_the_parts_of_the_bar_are_all_samples(self, case, pages):
         _, _, page = pages(case)
