@@ -175,22 +175,29 @@ def dense_operator(function: Callable[[Tensor], Tensor], input_shape: tuple[int,
 
 
 def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = "") -> tuple[Tensor, Tensor]:
-    """(M, b) of an affine module on flattened inputs, M (q, p), b (q,), float64: read off its values at 0 and the units.
+    """(M, b) of an affine module on flattened inputs, M (q, p), b (q,), float64: its derivative and value at 0.
 
-    Raises `UnsupportedModuleError` when its values at further points of sizes 1e-4 to 1e6 show that it is not affine.
+    Differences of values would lose what a large b has before M: a mean of 10⁴, say. Raises `UnsupportedModuleError` when its
+    values at further points of sizes 1e-4 to 1e6 show that it is not affine.
     """
     size = torch.Size(input_shape).numel()
     require_small(size, f"the matrix of {path or type(module).__name__!r}")
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6]).unsqueeze(-1)
     probes = scales * torch.randn(len(scales), size, generator=generator)
-    points = torch.cat([torch.zeros(1, size), torch.eye(size), probes]).double().reshape(-1, *input_shape)
+    points = torch.cat([torch.zeros(1, size), probes]).double().reshape(-1, *input_shape)
     with torch.no_grad():
         images = module(points).flatten(1)
-    M, b = (images[1 : size + 1] - images[0]).mT.contiguous(), images[0]
-    predicted = points[size + 1 :].flatten(1) @ M.mT + b
+    b, images = images[0], images[1:]
+    with torch.enable_grad():
+        at = torch.zeros(len(b), *input_shape, dtype=torch.float64, requires_grad=True)
+        y = module(at)
+        M = at.new_zeros(len(b), size)  # of a constant
+        if y.requires_grad:
+            M = torch.autograd.grad(y, at, torch.eye(len(b), dtype=torch.float64).reshape(y.shape))[0].flatten(1)
+    predicted = points[1:].flatten(1) @ M.mT + b
     # Round-off of a sum of `size` terms; a module that is not affine misses by far more at one scale or another.
-    error = (predicted - images[size + 1 :]).abs().amax(1)
+    error = (predicted - images).abs().amax(1)
     if bool((error > 1e-9 * (predicted.abs().amax(1) + b.abs().amax())).any()):
         raise UnsupportedModuleError(
             path, type(module).__name__, "it is not affine, so it has no place in a single DAE."

@@ -153,6 +153,14 @@ def test_max_min_is_one_lipschitz_glue() -> None:
         lc.MaxMin()(torch.zeros(2, 3, 2, 2))
 
 
+def test_a_large_mean_does_not_blur_the_matrix() -> None:
+    net = lc.convert(nn.Sequential(lc.Normalize(-1e4, 50.0), nn.Linear(8, 3)).double(), (8,), merge=True)
+    assert len(net.steps) == 1
+    matrix, constant = affine_image(lc.Normalize(-1e4, 50.0).double(), (8,))
+    assert torch.equal(matrix, torch.eye(8, dtype=torch.float64) / 50.0)
+    assert torch.equal(constant, torch.full((8,), 200.0, dtype=torch.float64))
+
+
 def test_affine_image_refuses_what_is_not_affine() -> None:
     class Square(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
