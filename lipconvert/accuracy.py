@@ -262,7 +262,7 @@ class Accuracy:
             eta=eta,
             elementary=0.0 if all(a.name in ("identity", "relu") for a, _ in dae.sigma) else ELEMENTARY * u,
             tolerance=0.0 if direct else tolerance * (1.0 + 1e-2),
-            skipped=float(torch.linalg.matrix_norm(rest).amax()) * SLACK if len(states) else 0.0,
+            skipped=norm_bound(rest),
             T=T.to(device),
             U=abs_U.to(device),
             G=abs_G.to(device),
