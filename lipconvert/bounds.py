@@ -54,6 +54,9 @@ WORTH = 1.0 + 1e-4
 # δ of the strict multiplier that a search starts from: large enough to be far from where R is singular.
 CENTRE = 0.1
 
+# δ of the steepest weights of a metric for errors: trained networks are next to singular in Λ, and errors grow as 1/μ.
+STEEP = 4.0
+
 # A product of a few constants, each correct to the last place.
 UP = 1.0 + 2.0**-44
 
@@ -417,11 +420,13 @@ def class_pairs(classes: int) -> list[tuple[int, int]]:
 def metrics(dae: DAE) -> list[Tensor]:
     """Diagonal metrics P (n,) in which I − W may be strongly monotone.
 
-    Λ; Λ with weights that fall along the blocks (FORMULAS 3); and, where ρ(|W|) < 1, Perron's: with x = (I − |W|)⁻¹1 and
-    y = (I − |W|′)⁻¹1, P = y/x makes I − |W|, so all the more I − W, strongly monotone.
+    Λ; Λ with weights that fall along the blocks (FORMULAS 3), gently and steeply (`STEEP`); and, where ρ(|W|) < 1,
+    Perron's: with x = (I − |W|)⁻¹1 and y = (I − |W|′)⁻¹1, P = y/x makes I − |W|, so all the more I − W, strongly monotone.
     """
     map = StateMap(dae.W, dae.blocks, dae.Lambda, grid=dae.grid)
     found = list(map.metrics)
+    if len(dae.blocks) > 1:
+        found.append(dae.Lambda * strict_weights(dae.blocks, False, STEEP).to(dae.Lambda))
     if (N := map.comparison) is not None:
         found.append(N.sum(0) / N.sum(1))
     return [P.to("cpu", torch.float64) for P in found]
