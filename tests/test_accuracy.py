@@ -331,7 +331,7 @@ def test_a_readout_that_rounds_as_badly_as_it_may(at, monkeypatch):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_states_that_round_as_badly_as_they_may_at_perturbed_inputs(layers, monkeypatch):
     """x = 0 is exact; at x′ sums of n products of the first block, and of the second, are off by n u."""
-    u, n = 2.0**-53, 64
+    u, n = 2.0**-53, 256
     blocks = [torch.rand(n, n) / n for _ in range(layers)]
     zero, eye = torch.zeros(n, n), torch.eye(n)
     W = torch.zeros(layers * n, layers * n)
@@ -340,9 +340,9 @@ def test_states_that_round_as_badly_as_they_may_at_perturbed_inputs(layers, monk
     U = torch.cat([blocks[0] if layers == 1 else eye, zero][:layers])
     G = torch.cat([zero, eye], 1)[:, -layers * n :]
     stage = lc.LBEN.from_dae(lc.DAE(W, U, G, torch.ones(layers * n), blocks=(n,) * layers))
-    net = lc.Network([stage], [None], (n,))
+    net = lc.Network([stage, nn.Unflatten(1, (1, n))], [None, None], (n,))  # no logits: no 32,640 pairs
     accuracy, x = accuracy_of(net), torch.rand(5, n)
-    truth = exact(net, x)
+    truth = exact(lc.Network([stage], [None], (n,)), x).unsqueeze(1)
     if layers == 1:
         monkeypatch.setattr(lc.LBEN, "drive", worst(lc.LBEN.drive, n * u))
     else:
@@ -354,7 +354,6 @@ def test_states_that_round_as_badly_as_they_may_at_perturbed_inputs(layers, monk
     assert bool((found.error[:, 0] < 1e-20).all())
     assert bool((norms(off) <= found.error[:, 1] * r).all())
     assert bool((norms(off) >= 0.1 * found.error[:, 1] * r).all())
-    assert bool((pair_differences(off).abs() <= found.pair_error[..., 1] * r.unsqueeze(1)).all())
 
 
 class Rough(nn.Module):
