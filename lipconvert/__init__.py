@@ -13,9 +13,10 @@ from .activations import Activation, Activations, MaxMin, activation_module, act
 from .attack import apgd, attack, empirical_lipschitz, pgd
 from .bounds import LipschitzBound, lipschitz_bound
 from .certify import Certifier, certified_radii, certify
-from .checkpoint import from_state_dict, load, read_weights, save
+from .checkpoint import load, save
 from .compose import absorb, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min, scale
 from .conditions import Conditions, H_matrix, X_matrix, check, strict_multiplier
+from .container import read_manifest
 from .convert import convert, to_dae
 from .dae import DAE
 from .equilibrium import Solution, SolverOptions, Status, equilibrium, solve
@@ -46,7 +47,15 @@ from .network import Network
 from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
 from .registry import Plugin, Registry, plugins, registry, required_option
 from .report import write as write_report
-from .schema import AttackConfig, RobustnessReport, ValidationReport
+from .schema import (
+    AttackConfig,
+    Manifest,
+    Provenance,
+    RobustnessReport,
+    TrainingSummary,
+    ValidationReport,
+    VerificationReport,
+)
 from .spectrum import (
     Grid,
     conv2d_adjoint,
@@ -60,6 +69,8 @@ from .spectrum import (
 from .state_map import StateMap
 from .trace import computes_as
 from .validate import validate
+from .verify import verify
+from .weights import from_state_dict, read_weights
 
 __all__ = [
     "DAE",
@@ -80,6 +91,7 @@ __all__ = [
     "InvalidParameterError",
     "LipconvertError",
     "LipschitzBound",
+    "Manifest",
     "MaxMin",
     "MeanPool",
     "MissingOptionError",
@@ -97,6 +109,7 @@ __all__ = [
     "PluginInfo",
     "ProcessError",
     "Proof",
+    "Provenance",
     "Registry",
     "RobustnessReport",
     "ShapeError",
@@ -104,9 +117,11 @@ __all__ = [
     "SolverOptions",
     "StateMap",
     "Status",
+    "TrainingSummary",
     "UnsupportedActivationError",
     "UnsupportedModuleError",
     "ValidationReport",
+    "VerificationReport",
     "WeightsError",
     "X_matrix",
     "absorb",
@@ -145,6 +160,7 @@ __all__ = [
     "prove_monotone",
     "psd_factor",
     "psd_sqrt",
+    "read_manifest",
     "read_weights",
     "registry",
     "required_option",
@@ -156,5 +172,6 @@ __all__ = [
     "strided_weight",
     "to_dae",
     "validate",
+    "verify",
     "write_report",
 ]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,24 +90,51 @@ class _PairMetric:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """How the sums of one stage round, in one dtype and by one road: κ_i Σ|terms|, κ_i = γ of the terms that are not 0.
+class Road:
+    """By which road a stage is run, where that is not lipconvert's own: what its sums add up.
 
-    ``states`` (n,) are κ of σ's argument, transformed to pixels, ``outputs`` (q,) of the output's coordinates; ``T``, ``U``,
-    ``G`` the sizes |·| of what is summed over, ``b_z``, ``b_y`` of constants.
+    ``T`` (n, n), ``U`` (n, p), ``G`` (q, n), with frequencies first on a grid: sizes of the operators in them; ``counts``: k
+    for which γ_k covers the sums of σ's argument (n,) and of the output (q,). ``blurs``: entrywise bounds of what the
+    operators that run are off those of `LBEN.running`. ``skipped``: ‖W − T‖. ``eta``: relative error of one transform.
+    ``tolerance`` of a loop, 0 without one. ``absolute``: of σ, in l2. ``pixels``: sums are over taps, pixel by pixel; T, U
+    and G then are Σ_taps |K|, the same at all frequencies.
     """
 
-    states: Tensor
-    outputs: Tensor
-    eta: float  # of one transform
-    elementary: float  # of σ
-    tolerance: float  # of an iterative solver, 0 for substitution, which is exact but for
-    skipped: float  # ‖W − T‖, what it leaves out
     T: Tensor
     U: Tensor
     G: Tensor
+    counts: tuple[Tensor, Tensor]
+    blurs: tuple[Tensor, Tensor, Tensor]
+    skipped: float
+    eta: float
+    tolerance: float
+    absolute: float = 0.0
+    pixels: bool = False
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """How the sums of one stage round, in one dtype and by one road: κ_i Σ|terms|, κ_i = γ of the terms that are not 0.
+
+    ``T``, ``U``, ``b_z``, of σ's argument transformed to pixels, and ``G``, ``b_y``, of the output's coordinates: κ times the
+    sizes of what is summed over, with what operators are off added. ``abs_G``, ``abs_b_y``: the sizes alone; ``outputs``: the
+    largest κ of the output.
+    """
+
+    outputs: float
+    eta: float  # of one transform
+    elementary: float  # of σ
+    absolute: float  # of σ, in l2
+    tolerance: float  # of an iterative solver, 0 for substitution, which is exact but for
+    skipped: float  # ‖W − T‖, what it leaves out
+    pixels: bool
+    T: Tensor
+    U: Tensor
     b_z: Tensor
+    G: Tensor
     b_y: Tensor
+    abs_G: Tensor
+    abs_b_y: Tensor
     scale: tuple[float, float, float]  # ‖z‖ + ‖Ux + b_z‖ + ‖Wz‖ by ‖z‖, ‖x‖ and 1
     growth: list[_Growth]  # for each metric
 
@@ -115,11 +143,11 @@ class _Sums:
 class _Growth:
     """The same by norms, in one metric."""
 
-    states: float  # ‖Dκ|T|D⁻¹‖
-    inputs: float  # ‖Dκ|U|‖
-    outputs: float  # ‖κ|G|D⁻¹‖
+    states: float  # ‖DTD⁻¹‖
+    inputs: float  # ‖DU‖
+    outputs: float  # ‖GD⁻¹‖
     size: float  # ‖|G|D⁻¹‖
-    pairs: Tensor | None  # ‖(|c_i| + |c_j|)κ|G|D⁻¹‖, (m,)
+    pairs: Tensor | None  # ‖(|c_i| + |c_j|)GD⁻¹‖, (m,)
 
 
 @dataclass(frozen=True)
@@ -201,7 +229,7 @@ class Accuracy:
         tolerance = options.tolerance or TOLERANCE[torch.float64 if double else step.b_z.dtype]
         key = (k, options.method, tolerance, u, device)
         if key not in self._sums:
-            self._sums[key] = self._rounding(stage, map, options.method, tolerance, u, device)
+            self._sums[key] = self._rounding(stage, _own(stage, map, options.method, tolerance, u), u, device)
         return self._sums[key]
 
     def _pairs(self, E: Enclosure, P: Tensor, mu: float) -> _PairMetric | None:
@@ -213,61 +241,57 @@ class Accuracy:
         slip = _rows_norm(E.grid, (rows.abs() + radius) / P.sqrt())
         return _PairMetric(residual=(size + (gain / (2.0 * mu)).sqrt()) * SLACK, slip=slip)
 
-    def _rounding(
-        self, stage: _Stage, map: StateMap, method: str, tolerance: float, u: float, device: torch.device
-    ) -> _Sums:
-        dae, E, found = stage.dae, stage.enclosure, stage.metrics
-        direct = method == "forward_substitution" or (method == "auto" and map.remainder <= tolerance)
-        abs_W, abs_U, abs_G = E.sizes
-        T, rest = abs_W, torch.zeros_like(E.W)
-        if direct:
-            below = map.below.cpu()
-            T, rest = abs_W * below, E.W.masked_fill(below, 0.0)
-        grid, eta = dae.grid, transform_growth(dae.grid.image) * u
-
-        def roundings(*terms: Tensor) -> Tensor:
-            """γ of the terms of every row that are not 0, the most over the frequencies."""
-            count = torch.stack([(M != 0).sum(-1) for M in terms]).sum(0)
-            count = (count.amax(0) if grid else count) + 8
-            each = torch.tensor([gamma(operations(k, dae.W), u) for k in count.tolist()], dtype=torch.float64)
-            return each.clamp(max=1e300)  # where nothing is known: no 0·∞
-
-        states, outputs = roundings(T, abs_U), roundings(abs_G)
-        states = (states + eta * (1.0 + states)) * SLACK
+    def _rounding(self, stage: _Stage, road: Road, u: float, device: torch.device) -> _Sums:
+        dae, E = stage.dae, stage.enclosure
+        grid, eta = dae.grid, road.eta
+        kappa = [
+            torch.tensor([gamma(k, u) for k in count.tolist()], dtype=torch.float64).clamp(max=1e300)
+            for count in road.counts  # where nothing is known: no 0·∞
+        ]
+        states, outputs = (kappa[0] + eta * (1.0 + kappa[0])) * SLACK, kappa[1]
         row = states.unsqueeze(-1)
+        T, U, G = (
+            k * M + blur
+            for k, M, blur in zip((row, row, outputs.unsqueeze(-1)), (road.T, road.U, road.G), road.blurs, strict=True)
+        )
         growth = []
-        for m in found:
-            D, G, pairs = m.d.unsqueeze(-1), abs_G / m.d, None
-            rounded = outputs.unsqueeze(-1) * G
+        for m in stage.metrics:
+            D, rounded, pairs = m.d.unsqueeze(-1), G / m.d, None
             if m.pairs is not None:
-                pairs = _rows_norm(grid, torch.einsum("fqn,mfq->mfn" if grid else "qn,mq->mn", rounded, self._both))
+                both = _collapsed(grid, self._both.mT).mT if road.pixels else self._both
+                pairs = _rows_norm(grid, torch.einsum("fqn,mfq->mfn" if grid else "qn,mq->mn", rounded, both))
             growth.append(
                 _Growth(
-                    nonnegative_norm(D * row * T / m.d),
-                    nonnegative_norm(D * row * abs_U),
+                    nonnegative_norm(D * T / m.d),
+                    nonnegative_norm(D * U),
                     nonnegative_norm(rounded),
-                    nonnegative_norm(G),
+                    nonnegative_norm(road.G / m.d),
                     pairs,
                 )
             )
-        most, b_z = float(states.amax()) if len(states) else 0.0, dae.bias_z.abs()
+        b_z, b_y = dae.bias_z.abs(), dae.bias_y.abs()
+        size_b = float(torch.linalg.vector_norm(b_z)) * grid.pixels**0.5
+        most = float(states.amax()) if len(states) else 0.0
         scale = (
-            1.0 + norm_bound(E.W) + nonnegative_norm(row * abs_W),
-            norm_bound(E.U) + nonnegative_norm(row * abs_U),
-            float(torch.linalg.vector_norm(b_z)) * grid.pixels**0.5 * (1.0 + most),
+            1.0 + norm_bound(E.W) + nonnegative_norm(T),
+            norm_bound(E.U) + nonnegative_norm(U),
+            size_b * (1.0 + most),
         )
         return _Sums(
-            states=states.to(device),
-            outputs=outputs.to(device),
+            outputs=float(outputs.amax()) if len(outputs) else 0.0,
             eta=eta,
             elementary=0.0 if all(a.name in ("identity", "relu") for a, _ in dae.sigma) else ELEMENTARY * u,
-            tolerance=0.0 if direct else tolerance * (1.0 + 1e-2),
-            skipped=norm_bound(rest),
+            absolute=road.absolute,
+            tolerance=road.tolerance * (1.0 + 1e-2),
+            skipped=road.skipped,
+            pixels=road.pixels,
             T=T.to(device),
-            U=abs_U.to(device),
-            G=abs_G.to(device),
-            b_z=b_z.to(device),
-            b_y=dae.bias_y.abs().to(device),
+            U=U.to(device),
+            b_z=(states * b_z).to(device),
+            G=G.to(device),
+            b_y=(outputs * b_y).to(device),
+            abs_G=road.G.to(device),
+            abs_b_y=b_y.to(device),
             scale=scale,
             growth=growth,
         )
@@ -289,35 +313,66 @@ class Accuracy:
             x = net.checked(x)
             if double:
                 x = x.to("cpu", torch.float64)
-            u = unit_roundoff(x.dtype, x.device)
-            error = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
-            moved = torch.zeros_like(error)  # how far the exact input of a step moves with r
-            moved[:, 1] = 1.0
-            converged = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            pairs: Tensor | None = None
-            for k, (step, L) in enumerate(zip(net.steps, self._constants, strict=True)):
-                size = _norm(x)
-                # any running input within r: this far from the one that was run, and this large
-                distance = moved + error
-                distance[:, 0] += error[:, 0]
-                largest = _affine(size) + distance
-                if isinstance(step, LBEN):
-                    y, z, converged_here = self._run(k, step, x, double)
-                    converged &= converged_here
-                    local, local_pairs = self._stage(k, x, z, largest, distance, double)
-                    if local_pairs is not None:
-                        # what the input of the last stage was off goes through its constant
-                        carried = self._carried.to(error.device)[None, :, None] * (L * error).unsqueeze(1)
-                        pairs = (local_pairs + carried) * SLACK
-                else:
-                    step = copy.deepcopy(step).cpu().double() if double else step
-                    y = step(x)
-                    local = self._glue(step, L, x, largest, u)
-                    if pairs is not None:
-                        behind = math.prod(self._constants[k + 1 :])
-                        pairs = pairs + 2.0**0.5 * behind * local.unsqueeze(1)
-                error, moved, x = (L * error + local) * SLACK, L * moved * SLACK, y
-            return Evaluation(x, error, pairs, converged & torch.isfinite(error).all(-1))
+            sums = {k: self._sums_of(k, double) for k in self._stages}
+            return self._walk(x, sums, unit_roundoff(x.dtype, x.device), double)
+
+    def everywhere(self, roads: Mapping[int, Road]) -> tuple[Tensor, Tensor | None]:
+        """(error (2,), pair_error (m, 2)) at any input x, affine in ‖x‖, of the network run by other roads in its dtype.
+
+        The bounds at 0 and around it. ``roads``: of every stage, by the number of its step. Where a road rounds less than
+        lipconvert's own evaluation in float64 does, it counts as rounding as much: that is how the states at 0 are found.
+        """
+        self.require_unchanged()
+        u = unit_roundoff(self.net.dtype)
+        cpu = torch.device("cpu")
+        sums = {}
+        for k, road in roads.items():
+            stage = self._stages[k]
+            own = transform_growth(stage.dae.grid.image) * unit_roundoff(torch.float64)
+            loop = 0.0 if stage.map.remainder <= TOLERANCE[torch.float64] else TOLERANCE[torch.float64]
+            worst = replace(
+                road,
+                eta=max(road.eta, own),
+                tolerance=max(road.tolerance, loop),
+                skipped=max(road.skipped, 0.0 if loop else stage.map.remainder),
+            )
+            sums[k] = self._rounding(stage, worst, u, cpu)
+        with torch.no_grad():
+            zero = torch.zeros(1, *self.net.input_shape, dtype=torch.float64)
+            found = self._walk(zero, sums, u, double=True)
+        return found.error[0], None if found.pair_error is None else found.pair_error[0]
+
+    def _walk(self, x: Tensor, all_sums: Mapping[int, _Sums], u: float, double: bool) -> Evaluation:
+        """All steps in order, with what each adds to the bounds."""
+        net = self.net
+        error = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
+        moved = torch.zeros_like(error)  # how far the exact input of a step moves with r
+        moved[:, 1] = 1.0
+        converged = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        pairs: Tensor | None = None
+        for k, (step, L) in enumerate(zip(net.steps, self._constants, strict=True)):
+            size = _norm(x)
+            # any running input within r: this far from the one that was run, and this large
+            distance = moved + error
+            distance[:, 0] += error[:, 0]
+            largest = _affine(size) + distance
+            if isinstance(step, LBEN):
+                y, z, converged_here = self._run(k, step, x, double)
+                converged &= converged_here
+                local, local_pairs = self._stage(k, x, z, largest, distance, all_sums[k])
+                if local_pairs is not None:
+                    # what the input of the last stage was off goes through its constant
+                    carried = self._carried.to(error.device)[None, :, None] * (L * error).unsqueeze(1)
+                    pairs = (local_pairs + carried) * SLACK
+            else:
+                step = copy.deepcopy(step).cpu().double() if double else step
+                y = step(x)
+                local = self._glue(step, L, x, largest, u)
+                if pairs is not None:
+                    behind = math.prod(self._constants[k + 1 :])
+                    pairs = pairs + 2.0**0.5 * behind * local.unsqueeze(1)
+            error, moved, x = (L * error + local) * SLACK, L * moved * SLACK, y
+        return Evaluation(x, error, pairs, converged & torch.isfinite(error).all(-1))
 
     def _run(self, k: int, stage: LBEN, x: Tensor, double: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(output, states in coordinates, converged) of one stage."""
@@ -331,22 +386,24 @@ class Accuracy:
         return grid.values(grid.affine(dae.G, solution.value, dae.bias_y)), solution.value, solution.converged
 
     def _stage(
-        self, k: int, x: Tensor, z: Tensor, largest: Tensor, distance: Tensor, double: bool
+        self, k: int, x: Tensor, z: Tensor, largest: Tensor, distance: Tensor, sums: _Sums
     ) -> tuple[Tensor, Tensor | None]:
         """Bounds of one stage's own error: of its output in l2 (B, 2), and of the functionals (B, m, 2).
 
         For running inputs x′ within ``distance`` (B, 2) of x, of norms at most ``largest``; z are the running states at x.
         What sums round is bounded by their terms at x, Σ|terms| there, and by norms in what moves with x′.
         """
-        found, sums = self._stages[k].metrics, self._sums_of(k, double)
+        found = self._stages[k].metrics
         grid = self._stages[k].dae.grid
         # Σ|terms| at x, of σ's argument and of the output
         zs, xs = _sizes(z), _sizes(grid.coordinates(x))
+        if sums.pixels:
+            zs, xs = _collapsed(grid, zs), _collapsed(grid, xs)
         terms = grid.apply(sums.T, zs) + _with_constant(grid, grid.apply(sums.U, xs), sums.b_z)
-        terms = _channel_norms(grid, terms) * sums.states
+        terms = _channel_norms(grid, terms)
+        y = _with_constant(grid, grid.apply(sums.abs_G, zs), sums.abs_b_y)
+        size_y = torch.linalg.vector_norm(_channel_norms(grid, y), dim=-1)
         terms_y = _with_constant(grid, grid.apply(sums.G, zs), sums.b_y)
-        size_y = torch.linalg.vector_norm(_channel_norms(grid, terms_y), dim=-1)
-        terms_y = terms_y * (sums.outputs.unsqueeze(-1) if grid else sums.outputs)
         rounded_y = torch.linalg.vector_norm(_channel_norms(grid, terms_y), dim=-1)
         # A norm in the dtype in use does not see what has squares below its smallest number.
         under = (z.shape[1] * grid.pixels * torch.finfo(z.dtype).tiny) ** 0.5
@@ -356,7 +413,7 @@ class Accuracy:
         tail = sums.tolerance + sums.elementary
         # σ's values are transformed once: ‖z′ − s′‖ ≤ tail·scale + η‖s′‖, ‖s′‖ ≤ ‖z′‖ + ‖z′ − s′‖
         per_z = (tail * by_z + sums.eta) / (1.0 - sums.eta)  # of the slip, per ‖z′‖
-        slip = _plus(tail * by_x * largest, tail * by_1 + under) / (1.0 - sums.eta)
+        slip = _plus(tail * by_x * largest, tail * by_1 + under + sums.absolute) / (1.0 - sums.eta)
         outputs, functionals = [], []
         for m, growth in zip(found, sums.growth, strict=True):
             # e bounds ‖D(z′ − z*(x′))‖, so ‖D(z′ − z)‖ is at most K·distance + 2e. The residual |d|_P and the slip ‖z′ − s′‖
@@ -375,15 +432,15 @@ class Accuracy:
             moved, size = moved + 2.0 * e, size + (2.0 / least) * e
             residual = (d + growth.states * moved + d_z * size) * SLACK
             slipped = most * (slip + per_z * size) * SLACK
-            # the transform to pixels, of what was rounded
-            back = sums.eta * (1.0 + float(sums.outputs.amax())) * (_affine(size_y) + growth.size * moved) * SLACK
             rounded = (_affine(rounded_y) + growth.outputs * moved) * SLACK
+            # the transform to pixels, of what was rounded
+            back = sums.eta * ((1.0 + sums.outputs) * (_affine(size_y) + growth.size * moved) + rounded) * SLACK
             outputs.append((m.G / m.mu) * residual + m.G * slipped + rounded + back)
             if (q := m.pairs) is not None and growth.pairs is not None:
                 functionals.append(
                     _outer(q.residual, residual)
                     + _outer(q.slip, slipped)
-                    + _affine(self._paired(grid, terms_y))
+                    + _affine(self._paired(grid, terms_y, sums.pixels))
                     + _outer(growth.pairs, moved)
                     + _outer(self._carried, back)
                 )
@@ -391,9 +448,9 @@ class Accuracy:
             return torch.full_like(largest, math.inf), None
         return _smaller(outputs), _smaller(functionals) if functionals else None
 
-    def _paired(self, grid: Grid, terms: Tensor) -> Tensor:
+    def _paired(self, grid: Grid, terms: Tensor, pixels: bool) -> Tensor:
         """(B, m): what logit differences see of sizes (B, q[, F]) of errors of the last stage's output."""
-        both = self._both.to(terms.device)
+        both = (_collapsed(grid, self._both.mT).mT if pixels else self._both).to(terms.device)
         if not grid:
             return terms @ both.mT * SLACK
         return torch.einsum("bqf,f,mfq->bm", terms, grid.weights(terms), both) * SLACK
@@ -416,6 +473,41 @@ class Accuracy:
             zero = step(x.new_zeros(1, *x.shape[1:]))
             constant = float(_norm(zero)) / L
         return gamma(count, u) * L * _plus(largest, constant) * SLACK
+
+
+def _own(stage: _Stage, map: StateMap, method: str, tolerance: float, u: float) -> Road:
+    """The road of `lipconvert.equilibrium`."""
+    E, dae = stage.enclosure, stage.dae
+    direct = method == "forward_substitution" or (method == "auto" and map.remainder <= tolerance)
+    abs_W, abs_U, abs_G = E.sizes
+    T, rest = abs_W, torch.zeros_like(E.W)
+    if direct:
+        below = map.below.cpu()
+        T, rest = abs_W * below, E.W.masked_fill(below, 0.0)
+
+    def terms(*operators: Tensor) -> Tensor:
+        """The terms of every row that are not 0, the most over the frequencies."""
+        count = torch.stack([(M != 0).sum(-1) for M in operators]).sum(0)
+        return operations(1, E.W) * ((count.amax(0) if dae.grid else count) + 8)
+
+    none = torch.zeros((), dtype=torch.float64)
+    return Road(
+        T=T,
+        U=abs_U,
+        G=abs_G,
+        counts=(terms(T, abs_U), terms(abs_G)),
+        blurs=(none, none, none),
+        skipped=norm_bound(rest),
+        eta=transform_growth(dae.grid.image) * u,
+        tolerance=0.0 if direct else tolerance,
+    )
+
+
+def _collapsed(grid: Grid, sizes: Tensor) -> Tensor:
+    """Sizes (k, n, F) of images that are constant on each channel, of the same norms: what bounds of sums over taps see."""
+    constant = torch.zeros_like(sizes)
+    constant[..., 0] = _channel_norms(grid, sizes) * grid.pixels**0.5
+    return constant
 
 
 def _weights(net: Network) -> dict[str, Tensor]:

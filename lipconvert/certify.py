@@ -31,7 +31,7 @@ from .attack import class_labels, empirical_lipschitz
 from .bounds import METHODS, Bounds, LipschitzBound, class_pairs
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .network import Network
-from .schema import AttackConfig, AttackResult, MethodResult, RobustnessReport
+from .schema import AttackConfig, AttackResult, Method, MethodResult, RobustnessReport
 from .shards import fingerprint, over
 
 RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)
@@ -77,6 +77,7 @@ class Certifier:
         proved.bound(method, seconds=seconds, seen=seen)
         names = METHODS[: METHODS.index(method) + 1]  # type: ignore[arg-type]
         self.net, self.delta = net, proved.delta
+        self.method: Method = names[-1]
         self.bounds: list[LipschitzBound] = [proved.bound(name) for name in names]
         self.accuracy = Accuracy(proved)
         # pair[l, j]: the number of the pair {l, j}; the label against itself takes any

@@ -1,102 +1,309 @@
-"""Networks to files and back, and other people's weights files, none of them ever unpickled as code."""
+"""Networks to files and back: ``net.onnx`` describes, ``net.safetensors`` holds (DESIGN section 7).
+
+The data file holds every tensor once: the free parameters, the W in use, and the certificate. Its header carries the
+manifest (`lipconvert.schema.Manifest`): what the tensors do not say. The initialisers of the graph are external data at
+(offset, length) in that file, so torch reads and onnxruntime runs the same bytes. `lipconvert.container` says how the two
+hold together and what is refused.
+"""
 
 from __future__ import annotations
 
-import json
-import pickle
-import struct
-import warnings
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pydantic
+import onnx
+import onnx.inliner
+import onnx_ir as ir
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from onnx import StringStringEntryProto
 from torch import Tensor, nn
 
 from .activations import Activations, activation_module, activation_of, is_activation
-from .errors import CheckpointError, LipconvertError, WeightsError
-from .files import whole
+from .bounds import class_pairs, metrics
+from .certify import Certifier
+from .container import DATA, GRAPH, MANIFEST, Header, entry_of, read, recover, write_data, write_graph
+from .errors import CheckpointError, LipconvertError, NoCertificateError
+from .files import replaced, whole
 from .glue import KNOWN
 from .lben import LBEN
 from .network import Network
-from .registry import registry
-from .schema import GlueEntry, Manifest, StageEntry
+from .onnx_author import DTYPES
+from .onnx_graph import RADIUS, RESIDUAL, build
+from .onnx_plan import Plan, full_kernels, plan, road, stored_W
+from .proofs import Enclosure, Proof, prove_constant, prove_monotone
+from .schema import (
+    FORMAT_VERSION,
+    GlueEntry,
+    GraphEntry,
+    LogitBound,
+    Manifest,
+    NetworkInfo,
+    StageCertificate,
+    StageEntry,
+)
+from .spectrum import Grid
 
-KEY = "lipconvert"
-EXTRA = "_extra_state"
-SUFFIX = ".safetensors"
+# Values of one sample between steps: more than any network here has.
+MOST_VALUES = 10**9
+
+# Tensors of a stage beside its parameters, and of the whole network.
+DERIVED, PAIRS, ERRORS = ("W", "multiplier", "metric"), "pairs", "errors"
 
 
-def save(net: Network, path: str | Path) -> None:
-    """Write a network as safetensors with a manifest (`lipconvert.schema.Manifest`) in its metadata.
+def save(
+    net: Network,
+    path: str | Path,
+    *,
+    embed: bool = False,
+    outputs: Sequence[str] = (),
+    inline: bool = False,
+    prove: bool = True,
+    certifier: Certifier | None = None,
+) -> None:
+    """Write a network: ``net.onnx`` and ``net.safetensors`` beside it, or the latter alone.
 
-    The file appears whole or not at all. ``path`` must end in ``.safetensors``.
-    Raises `CheckpointError` for another suffix or for glue that cannot be rebuilt from numbers.
+    ``path``: with the suffix ``.onnx`` both are written, and what is read is the old pair or the new one, also after a kill;
+    with ``.safetensors`` only the data, without a graph. ``embed``: a single ``.onnx`` that holds its data. ``outputs``:
+    what the graph returns beside the logits: ``"residual"``, the largest residual of the stages, (B,), and ``"radius"``, the
+    certified radius of each sample, (B,). ``inline``: a graph without functions, for runtimes that have none. ``prove``:
+    prove each stage's constant and well-posedness for the floats stored, and write the multipliers, so that `verify` only
+    checks. ``certifier``: what was proved of the logits, to be kept with it; made with the method ``"tightened"`` where a
+    radius is asked for.
+
+    Raises `CheckpointError` for another suffix, a dtype that is not float32 or float64, glue that cannot be rebuilt from
+    numbers, and for an equilibrium that no graph solves; `NoCertificateError` where there is no radius.
     """
     target = Path(path)
-    if target.suffix != SUFFIX:
-        raise CheckpointError(str(target), "path", f"the suffix must be {SUFFIX}")
+    if target.suffix not in (GRAPH, DATA):
+        raise CheckpointError(str(target), "path", f"the suffix must be {GRAPH} or {DATA}")
     if not isinstance(net, Network):
         raise CheckpointError(
             str(target), "net", f"a converted network is saved, not a {type(net).__name__}: convert it first"
         )
-    entries: list[StageEntry | GlueEntry] = []
-    for step in net.steps:
-        entries.append(_stage_entry(step) if isinstance(step, LBEN) else _glue_entry(step, str(target)))
-    if net.dtype not in (torch.float32, torch.float64):
+    if net.dtype not in DTYPES:
         raise CheckpointError(str(target), "dtype", f"{net.dtype} is not written; only float32 and float64 are")
-    manifest = Manifest(
-        lipconvert_version=version("lipconvert"),
-        input_shape=list(net.input_shape),
-        dtype="float32" if net.dtype is torch.float32 else "float64",
-        steps=entries,
-    )
+    with_graph = target.suffix == GRAPH
+    if (embed or outputs or inline) and not with_graph:
+        raise CheckpointError(
+            str(target), "path", f"embed, outputs and inline are about a graph: the suffix must be {GRAPH}"
+        )
+    for output in outputs:
+        if output not in (RESIDUAL, RADIUS):
+            raise CheckpointError(str(target), "outputs", f"{output!r} is none of {RESIDUAL!r}, {RADIUS!r}")
+    if RADIUS in outputs and certifier is None:
+        certifier = Certifier(net)
+    manifest, tensors, plans = _described(net, str(target), with_graph, prove, certifier)
+    if RADIUS in outputs and certifier is not None:
+        tensors[ERRORS] = errors_of(certifier, plans)
+        manifest = manifest.model_copy(update={"tensors": [entry_of(name, t) for name, t in sorted(tensors.items())]})
+    if not with_graph:
+        with whole(target) as partial:
+            write_data(partial, tensors, manifest)
+        return
+    if embed:
+        with whole(target) as partial:
+            write_graph(partial, graph_of(net, plans, embedded(tensors), outputs, manifest, inline))
+        return
+    data = target.with_suffix(DATA)
+    recover(target)
+    # The graph is replaced first: from then on the pair is the new one, and `_recover` finishes what a kill left undone.
+    with replaced(target, data) as (partial_graph, partial_data):
+        write_data(partial_data, tensors, manifest)
+        places = Header.read(partial_data).places
+        held = external(tensors, data.name, places)
+        write_graph(partial_graph, graph_of(net, plans, held, outputs, manifest, inline))
+
+
+def _described(
+    net: Network, path: str, with_graph: bool, prove: bool, certifier: Certifier | None
+) -> tuple[Manifest, dict[str, Tensor], dict[int, Plan]]:
+    """The manifest, all tensors on the CPU, and how each stage is written."""
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in net.state_dict().items() if isinstance(value, Tensor)
     }
-    try:
-        with whole(target) as partial:
-            save_file(tensors, partial, metadata={KEY: manifest.model_dump_json()})
-    except SafetensorError as error:
-        raise CheckpointError(str(target), "file", f"it cannot be written ({error})") from error
+    entries: list[StageEntry | GlueEntry] = []
+    plans: dict[int, Plan] = {}
+    for k, step in enumerate(net.steps):
+        if not isinstance(step, LBEN):
+            entries.append(_glue_entry(step, path))
+            continue
+        step.refresh()
+        W, origin = stored_W(step)
+        tensors[f"steps.{k}.W"] = W
+        graph = certificate = None
+        if with_graph:
+            plans[k] = chosen = plan(step, f"stage_{k}", W, origin)
+            graph = chosen.how
+        if prove and (proved := _proved(step, W, origin)) is not None:
+            certificate, tensors[f"steps.{k}.multiplier"], tensors[f"steps.{k}.metric"] = proved
+        entries.append(_stage_entry(step, origin, graph, certificate))
+    bound = None
+    if certifier is not None:
+        found = certifier.bounds[-1]
+        assert found.pairs is not None  # a certifier has logits
+        tensors[PAIRS] = found.pairs.clone()
+        bound = LogitBound(method=certifier.method, lipschitz=found.lipschitz)
+    manifest = Manifest(
+        versions=writers(),
+        input_shape=list(net.input_shape),
+        dtype="float32" if net.dtype is torch.float32 else "float64",
+        steps=entries,
+        tensors=[entry_of(name, tensor) for name, tensor in sorted(tensors.items())],
+        bound=bound,
+        class_names=list(net.class_names),
+        provenance=net.provenance,
+        training=net.training_summary,
+    )
+    return manifest, tensors, plans
+
+
+def errors_of(certifier: Certifier, plans: Mapping[int, Plan]) -> Tensor:
+    """(2, q, q): y_i − y_j of the graph is off by at most errors[0] + errors[1]·‖x‖ at any x, and errors[1]·r more within r.
+
+    Raises `NoCertificateError` where there is no finite bound.
+    """
+    certifier.accuracy.require_unchanged()
+    error, pair_error = certifier.accuracy.everywhere({k: road(chosen) for k, chosen in plans.items()})
+    pairs = certifier.bounds[-1].pairs
+    assert pairs is not None
+    errors = (2.0**0.5 * error).reshape(2, 1, 1).expand(2, *pairs.shape).clone()
+    if pair_error is not None:
+        i, j = torch.tensor(class_pairs(len(pairs))).T
+        errors[:, i, j] = errors[:, j, i] = pair_error.T
+    if not bool(torch.isfinite(errors).all()):
+        raise NoCertificateError("the graph", "there is no bound of what rounding does in it")
+    errors.diagonal(dim1=1, dim2=2).zero_()
+    return errors
+
+
+def embedded(tensors: Mapping[str, Tensor]) -> dict[str, ir.TensorProtocol]:
+    """Tensors as initialisers that hold their bytes."""
+    return {name: ir.tensor(tensor.numpy(), name=name) for name, tensor in tensors.items()}
+
+
+def external(
+    tensors: Mapping[str, Tensor], file: str, places: Mapping[str, tuple[int, int]]
+) -> dict[str, ir.TensorProtocol]:
+    """Tensors as initialisers whose bytes are in a file, from and to these places."""
+    found: dict[str, ir.TensorProtocol] = {}
+    for name, tensor in tensors.items():
+        start, stop = places[name]
+        shape = ir.Shape(list(tensor.shape))
+        found[name] = ir.ExternalTensor(file, start, stop - start, DTYPES[tensor.dtype], shape=shape, name=name)
+    return found
+
+
+def writers() -> dict[str, str]:
+    """The versions of what writes a graph."""
+    return {name: version(name) for name in ("lipconvert", "onnx", "onnx-ir")}
+
+
+def enclosed(W: Tensor, origin: Sequence[int], U: Tensor, G: Tensor, grid: Grid) -> Enclosure:
+    """The W, U and G of a file exactly; kernels are enclosed together with their spectra."""
+    K_W, K_U, K_G = full_kernels(W.double(), origin, grid), U.double(), G.double()
+    if not grid:
+        return Enclosure(K_W, K_U, K_G)
+    W, U, G = (grid.matrices(K) for K in (K_W, K_U, K_G))
+    radii = (grid.matrices_error(K, M) for K, M in ((K_W, W), (K_U, U), (K_G, G)))
+    return Enclosure(W, U, G, grid, *radii)
+
+
+def _proved(stage: LBEN, W: Tensor, origin: tuple[int, int]) -> tuple[StageCertificate, Tensor, Tensor] | None:
+    """(certificate, multiplier, metric) for the floats that are stored; None where (10) or (3) has no proof."""
+    dae = stage.running()
+    E = enclosed(W, origin, stage.U.detach().cpu(), stage.G.detach().cpu(), stage.grid)
+    proof = prove_constant(dae, E)
+    if not isinstance(proof, Proof):
+        return None
+    for metric in reversed(metrics(dae)):  # Perron's, where there is one, has the most margin
+        if (mu := prove_monotone(E, metric)) > 0.0:
+            certificate = StageCertificate(lipschitz=proof.lipschitz, delta=proof.delta, mu=mu, rounding=proof.rounding)
+            return certificate, proof.Lambda.contiguous(), metric.clone()
+    return None
+
+
+def graph_of(
+    net: Network,
+    plans: Mapping[int, Plan],
+    tensors: Mapping[str, ir.TensorProtocol],
+    outputs: Sequence[str],
+    manifest: Manifest,
+    inline: bool = False,
+) -> onnx.ModelProto:
+    """The graph with the manifest; what it does not compute with are the initialisers of its training information."""
+    model = ir.to_proto(build(net, plans, tensors, outputs))
+    if inline:
+        model = onnx.inliner.inline_local_functions(model)
+    used = {initializer.name for initializer in model.graph.initializer}
+    algorithm = model.training_info.add().algorithm
+    algorithm.name = "parameters"
+    algorithm.doc_string = (
+        "What a stage is trained by and what was proved of it. W = I - P(G'G/2L + inv(P)UU'inv(P)/2L + V'V + S - S' + eI), "
+        "P = diag(exp(log_psi)); multiplier and metric are the diagonals of the proofs of conditions (10) and (3)."
+    )
+    algorithm.initializer.extend(ir.to_proto(tensor) for name, tensor in sorted(tensors.items()) if name not in used)
+    for key, value in (("lipconvert.format_version", str(FORMAT_VERSION)), (MANIFEST, manifest.model_dump_json())):
+        model.metadata_props.append(StringStringEntryProto(key=key, value=value))
+    return model
 
 
 def load(path: str | Path) -> Network:
-    """Read a network written by `save`: the same tensors bit for bit, the same dtype.
+    """Read a network written by `save`, from its graph and data, or from the data alone: the same tensors bit for bit.
 
-    Raises `CheckpointError` naming the tensor or manifest entry that is missing, misshapen, not finite or unknown.
+    Raises `CheckpointError` naming the tensor or entry that is missing, misshapen, changed, not finite or unknown.
     """
-    name = str(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(name, "file", f"it cannot be read as safetensors ({error})") from error
-    if text is None:
-        raise CheckpointError(name, f"metadata {KEY!r}", "missing: this is not a lipconvert checkpoint")
-    try:
-        manifest = Manifest.model_validate(json.loads(text))
-    except (json.JSONDecodeError, pydantic.ValidationError) as error:
-        raise CheckpointError(name, f"metadata {KEY!r}", str(error)) from error
+    stored = read(path)
+    return network_of(stored.manifest, stored.tensors, str(path))
+
+
+def info(path: str | Path) -> NetworkInfo:
+    """What there is to say about a checkpoint: its network, how it is written, what was proved. Raises `CheckpointError`."""
+    stored = read(path)
+    manifest = stored.manifest
+    net = network_of(manifest, stored.tensors, str(path))
+    found = net.info()
+    steps = []
+    for step, entry in zip(found.steps, manifest.steps, strict=True):
+        known = {"graph": entry.graph, "certificate": entry.certificate} if isinstance(entry, StageEntry) else {}
+        steps.append(step.model_copy(update=known))
+    more: dict[str, object] = {}
+    if manifest.bound is not None and (pairs := stored.tensors.get(PAIRS)) is not None:
+        off = pairs[~torch.eye(len(pairs), dtype=torch.bool)]
+        more |= {"bound": manifest.bound, "pairs": (float(off.min()), float(off.max()))}
+    return found.model_copy(update={"steps": steps, **more})
+
+
+def network_of(manifest: Manifest, tensors: Mapping[str, Tensor], name: str) -> Network:
+    """The network that a manifest describes, with its tensors."""
     dtype = getattr(torch, manifest.dtype)
+    parameters = dict(tensors)
+    for key, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(name, f"tensor {key!r}", "it holds NaN or infinity")
+    for name_of in (PAIRS, ERRORS):
+        parameters.pop(name_of, None)
     steps: list[nn.Module] = []
     for index, entry in enumerate(manifest.steps):
         if isinstance(entry, StageEntry):
             _require_sizes(entry, index, tensors, name)  # before anything of the size it claims is made
+            for derived in DERIVED:
+                parameters.pop(f"steps.{index}.{derived}", None)
         try:
             steps.append(_stage(entry, dtype) if isinstance(entry, StageEntry) else _glue(entry))
-        except (LipconvertError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LipconvertError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(name, f"manifest step {index}", str(error)) from error
     try:
         net = Network(steps, [None] * len(steps), manifest.input_shape).to(dtype).eval()
-    except (LipconvertError, TypeError, ValueError) as error:  # the constant of glue whose arguments make no sense
+    except (LipconvertError, ArithmeticError, TypeError, ValueError) as error:  # of glue whose arguments make no sense
         raise CheckpointError(name, "manifest steps", str(error)) from error
-    _fill(net, tensors, name)
+    _fill(net, parameters, name)
+    _require_shapes(net, name)
+    net.class_names = tuple(manifest.class_names)
+    net.provenance, net.training_summary = manifest.provenance, manifest.training
     return net
 
 
@@ -107,6 +314,37 @@ def _require_sizes(entry: StageEntry, index: int, tensors: Mapping[str, Tensor],
         if found is None or tuple(found.shape) != shape:
             actual = "missing" if found is None else f"of shape {tuple(found.shape)}"
             raise CheckpointError(path, f"tensor 'steps.{index}.{key}'", f"{actual}, the manifest says {shape}")
+    W = tensors.get(f"steps.{index}.W")
+    taps = () if W is None else tuple(W.shape[2:])
+    fits = W is not None and tuple(W.shape[:2]) == (n, n) and len(taps) == len(entry.image) == len(entry.origin)
+    # the taps of W are no more than the image has, and the one in place is among them
+    if not fits or any(k > size or not -k < o <= 0 for k, size, o in zip(taps, entry.image, entry.origin, strict=True)):
+        actual = "missing" if W is None else f"of shape {tuple(W.shape)} from {entry.origin}"
+        wanted = f"({n}, {n}) and windows of {entry.image}" if entry.image else f"({n}, {n})"
+        raise CheckpointError(path, f"tensor 'steps.{index}.W'", f"{actual}, the manifest says {wanted}")
+
+
+def _require_shapes(net: Network, path: str) -> None:
+    """Every step takes what the one before gives, for one sample; nothing of these sizes is made."""
+    shape = net.input_shape
+    for index, step in enumerate(net.steps):
+        where = f"manifest step {index}"
+        if isinstance(step, LBEN):
+            if shape != step.input_shape:
+                raise CheckpointError(
+                    path, where, f"its input is {step.input_shape}, and what comes before gives {shape}"
+                )
+            shape = (len(step.b_y), *step.grid.image)
+            continue
+        try:
+            like = next(iter(step.buffers()), torch.zeros(()))
+            shape = tuple(
+                copy.deepcopy(step).to("meta")(torch.zeros(1, *shape, dtype=like.dtype, device="meta")).shape[1:]
+            )
+        except (LipconvertError, ArithmeticError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(path, where, f"it does not take inputs of {shape}: {error}") from error
+        if math.prod(shape) > MOST_VALUES:
+            raise CheckpointError(path, where, f"its output would be {shape}")
 
 
 def _fill(net: Network, tensors: Mapping[str, Tensor], path: str) -> None:
@@ -123,7 +361,9 @@ def _fill(net: Network, tensors: Mapping[str, Tensor], path: str) -> None:
             wanted[key].copy_(value)
 
 
-def _stage_entry(stage: LBEN) -> StageEntry:
+def _stage_entry(
+    stage: LBEN, origin: tuple[int, int], graph: GraphEntry | None, certificate: StageCertificate | None
+) -> StageEntry:
     return StageEntry(
         name=stage.name,
         inputs=stage.U.shape[1],
@@ -134,6 +374,9 @@ def _stage_entry(stage: LBEN) -> StageEntry:
         activations=[(str(activation), size) for activation, size in stage.sigma],
         blocks=list(stage.blocks),
         image=list(stage.grid.image),
+        origin=list(origin) if stage.grid else [],
+        graph=graph,
+        certificate=certificate,
     )
 
 
@@ -183,71 +426,3 @@ def _glue(entry: GlueEntry) -> nn.Module:
     return kind(
         **{name: tuple(v) if kind is nn.Unflatten and isinstance(v, list) else v for name, v in arguments.items()}
     )
-
-
-def read_weights(path: str | Path) -> dict[str, Any]:
-    """The state dict in a ``.safetensors`` file or a torch file opened with ``weights_only=True``.
-
-    Entries that hold a module's extra state (plain data) are kept.
-    A nest such as ``{"model_state_dict": ...}`` or ``{"state_dict": ...}`` is opened; prefixes ``module.`` are stripped.
-    Raises `WeightsError` for a file that is missing, is not a weights file, or would have to run code to be read.
-    """
-    name = str(path)
-    if not Path(path).is_file():
-        raise WeightsError(name, "there is no such file")
-    if Path(path).suffix == SUFFIX:
-        try:
-            with safe_open(path, framework="pt") as file:
-                found: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(name, f"it cannot be read as safetensors ({error})") from error
-    else:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # of a pickle protocol torch does not know, before it refuses
-                found = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            AssertionError,
-            struct.error,
-        ) as error:  # what torch's reader of untrusted pickles raises for bytes that are none
-            raise WeightsError(
-                name,
-                f"it is not a file of plain weights ({type(error).__name__} while reading it). Files that would have to run "
-                "code to be read are not opened: save a state_dict, or safetensors.",
-            ) from error
-    for nest in ("model_state_dict", "state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(nest), Mapping):
-            found = found[nest]
-            break
-    if not isinstance(found, Mapping) or not found:
-        raise WeightsError(name, f"it holds a {type(found).__name__}, not a state dict")
-    # What a module keeps beside its tensors (L and ε of an LBEN) belongs to them; `weights_only` leaves only plain data.
-    tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor) or str(k).endswith(EXTRA)}
-    if not any(isinstance(value, Tensor) for value in tensors.values()):
-        raise WeightsError(name, "there are no tensors in it")
-    while all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
-
-
-def from_state_dict(
-    state_dict: Mapping[str, Tensor],
-    options: Mapping[str, Any] | None = None,
-    plugin: str | None = None,
-    path: str = "",
-) -> nn.Module:
-    """The model that some plugin recognises in a state dict; ``options`` supply what the tensors do not say.
-
-    Raises `WeightsError` when no plugin does, `MissingOptionError`, `AmbiguousModelError`.
-    """
-    return registry().from_state_dict(state_dict, options or {}, plugin, path or "the state dict")[1]

@@ -1,8 +1,8 @@
-"""The command line: ``lipconvert plugins | demo | convert | validate | certify | tighten | info``.
+"""The command line: ``lipconvert plugins | demo | convert | validate | certify | tighten | export | verify | info``.
 
-Exit codes: 0 done; 1 the claim does not hold (`EquivalenceError`, a failed validation); 2 bad input (any other
-`LipconvertError`, or a file that cannot be read or written); 130 interrupted. Results go to stdout, progress and errors
-to stderr. With ``--json`` stdout holds one JSON document and nothing else.
+Exit codes: 0 done; 1 the claim does not hold (`EquivalenceError`, a failed validation or verification); 2 bad input (any
+other `LipconvertError`, or a file that cannot be read or written); 130 interrupted. Results go to stdout, progress and
+errors to stderr. With ``--json`` stdout holds one JSON document and nothing else.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.table import box as frames
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import checkpoint, data, demo
+from . import checkpoint, container, data, demo
 from .attack import METHODS as ATTACKS
 from .attack import empirical_lipschitz
 from .bounds import lipschitz_bound
-from .certify import CLIMB, CLIMBERS
+from .certify import CLIMB, CLIMBERS, Certifier
 from .certify import certify as certify_network
 from .convert import convert as convert_model
 from .errors import (
@@ -52,6 +51,7 @@ from .report import write as write_report
 from .schema import (
     AttackConfig,
     ConversionReport,
+    GraphEntry,
     NetworkInfo,
     PluginList,
     PluginRecord,
@@ -62,6 +62,8 @@ from .schema import (
 )
 from .shards import processes
 from .validate import validate as validate_network
+from .verify import verify as verify_checkpoint
+from .weights import from_state_dict, read_weights
 
 app = typer.Typer(
     name="lipconvert",
@@ -211,7 +213,7 @@ def _model(spec: str, weights: Path | None, given: Sequence[str] | None, plugin:
             raise ModelError(spec, "it is a weights file already; --weights goes with package.module:factory")
         if _is_checkpoint(Path(spec)):
             raise ModelError(spec, "it is a network lipconvert has converted already; a source model is needed here")
-        return checkpoint.from_state_dict(checkpoint.read_weights(spec), options, plugin, spec)
+        return from_state_dict(read_weights(spec), options, plugin, spec)
     if ":" not in spec:
         raise ModelError(spec, "there is no such file, and it does not read package.module:factory")
     if options:
@@ -219,7 +221,7 @@ def _model(spec: str, weights: Path | None, given: Sequence[str] | None, plugin:
     with redirect_stdout(sys.stderr):
         model = _built(spec)
     if weights is not None:
-        _fill(model, checkpoint.read_weights(weights), str(weights))
+        _fill(model, read_weights(weights), str(weights))
     return model
 
 
@@ -299,12 +301,13 @@ def _fill(model: nn.Module, tensors: Mapping[str, Any], path: str) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    if path.suffix != checkpoint.SUFFIX:
+    if path.suffix == container.GRAPH:
+        return True
+    if path.suffix != container.DATA:
         return False
     try:
-        with safe_open(path, framework="pt") as file:
-            return checkpoint.KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
+        return container.KEY in container.Header.read(path).metadata
+    except CheckpointError:
         return False
 
 
@@ -481,7 +484,7 @@ def plugins(as_json: JsonOption = False) -> None:
 @_asks
 def convert(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint to write, NAME.safetensors")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint to write, NAME.onnx or NAME.safetensors")],
     weights: WeightsOption = None,
     option: OptionOption = None,
     as_json: JsonOption = False,
@@ -489,8 +492,8 @@ def convert(
     asked: _Conversion,
 ) -> None:
     """Convert a model, compare it with its source, and write it only if it is the same function."""
-    if out.suffix != checkpoint.SUFFIX:
-        raise CheckpointError(str(out), "path", f"the suffix must be {checkpoint.SUFFIX}")
+    if out.suffix not in (container.GRAPH, container.DATA):
+        raise CheckpointError(str(out), "path", f"the suffix must be {container.GRAPH} or {container.DATA}")
     source = _model(model, weights, option, asked.plugin)
     with _progress() as bars:
         bars.add_task("converting", total=None)
@@ -779,12 +782,132 @@ def info(
     *,
     asked: _Conversion,
 ) -> None:
-    """Steps, sizes, activations and Lipschitz constants of a checkpoint, or of what a model would become."""
-    found = _network(model, weights, option, asked).info()
+    """Steps, sizes, activations, constants, certificate and provenance of a checkpoint, or of what a model would become."""
+    path = Path(model)
+    stored = path.is_file() and _is_checkpoint(path) and weights is None and not option and asked == _Conversion()
+    found = checkpoint.info(path) if stored else _network(model, weights, option, asked).info()
     if as_json:
         _print_json(found.model_dump(mode="json"))
+        return
+    console = _console()
+    _print_network(console, found)
+    if stored:
+        _print_certificate(console, found)
+
+
+def _print_certificate(console: Console, found: NetworkInfo) -> None:
+    table = Table(box=frames.SIMPLE_HEAD)
+    table.add_column("stage")
+    for heading in ("proved L", "delta", "mu"):
+        table.add_column(heading, justify="right")
+    table.add_column("graph")
+    for step in found.steps:
+        if step.kind == "lben":
+            proof = step.certificate
+            cells = (
+                ("-", "", "") if proof is None else (f"{proof.lipschitz:.7g}", f"{proof.delta:g}", f"{proof.mu:.3g}")
+            )
+            table.add_row(escape(step.name), *cells, "-" if step.graph is None else _written(step.graph))
+    console.print(table)
+    if found.bound is not None:
+        pairs = "" if found.pairs is None else f"; of logit differences {found.pairs[0]:.5g} to {found.pairs[1]:.5g}"
+        console.print(f"proved by {found.bound.method}: L = {found.bound.lipschitz:.7g}{pairs}", soft_wrap=True)
+    if found.class_names:
+        console.print(escape(f"classes: {', '.join(found.class_names)}"), soft_wrap=True)
+    if (source := found.provenance) is not None:
+        plugins = ", ".join(f"{p.name} ({p.distribution} {p.version})" for p in source.plugins) or "no plugin"
+        versions = ", ".join(f"{name} {number}" for name, number in source.versions.items())
+        console.print(
+            escape(f"from {source.model}, {plugins}; {versions}; SHA-256 {source.sha256[:16]}"), soft_wrap=True
+        )
+    if (training := found.training) is not None:
+        said = [training.data, "" if training.epochs is None else f"{training.epochs} epochs"]
+        said += [f"{name} {value}" for name, value in training.notes.items()]
+        console.print(escape("trained on: " + ", ".join(filter(None, said))), soft_wrap=True)
+
+
+def _written(graph: GraphEntry) -> str:
+    loop = f", at most {graph.max_steps} steps to {graph.tolerance:g}" if graph.max_steps else ""
+    return f"{graph.method}{loop}"
+
+
+@app.command()
+@_answers
+@_asks
+def export(
+    model: ModelOrCheckpoint,
+    out: Annotated[Path, typer.Option("--out", "-o", help="NAME.onnx; NAME.safetensors beside it holds the numbers")],
+    weights: WeightsOption = None,
+    option: OptionOption = None,
+    output: Annotated[
+        list[str] | None,
+        typer.Option("--output", help="residual or radius: what the graph returns beside the logits; repeatable"),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="prove constants of the logits by it, and keep them: tightened, ...")
+    ] = None,
+    embed: Annotated[bool, typer.Option("--embed", help="one file")] = False,
+    inline: Annotated[bool, typer.Option("--inline", help="no functions, for runtimes that have none")] = False,
+    class_names: Annotated[str | None, typer.Option("--class-names", metavar="A,B,...")] = None,
+    as_json: JsonOption = False,
+    *,
+    asked: _Conversion,
+) -> None:
+    """Write a checkpoint with an ONNX graph that onnxruntime runs, and what was proved of it."""
+    if out.suffix != container.GRAPH:
+        raise CheckpointError(str(out), "path", f"the suffix must be {container.GRAPH}")
+    with _progress() as bars:
+        task = bars.add_task("reading", total=None)
+        net = _network(model, weights, option, asked)
+        if class_names is not None:
+            net.class_names = tuple(name.strip() for name in class_names.split(","))
+        certifier = None
+        if method is not None or "radius" in (output or ()):
+            bars.update(task, description="proving")
+            certifier = Certifier(net, method or "tightened")
+        bars.update(task, description="writing")
+        checkpoint.save(net, out, embed=embed, outputs=output or (), inline=inline, certifier=certifier)
+        found = checkpoint.info(out)
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+        return
+    console = _console()
+    _print_network(console, found)
+    _print_certificate(console, found)
+    names = [out] if embed else [out, out.with_suffix(container.DATA)]
+    console.print(
+        escape(f"wrote {', '.join(f'{name} ({name.stat().st_size:,} bytes)' for name in names)}"), soft_wrap=True
+    )
+
+
+@app.command()
+@_answers
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="NAME.onnx or NAME.safetensors")],
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="of the inputs the graph is tried on; fresh ones by default")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check everything a checkpoint claims, afresh from its files alone; exit code 1 when any claim does not hold."""
+    if not path.is_file():
+        raise CheckpointError(str(path), "file", "it cannot be read: there is no such file")
+    with _progress() as bars:
+        bars.add_task("verifying", total=None)
+        report = verify_checkpoint(path, seed)
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
     else:
-        _print_network(_console(), found)
+        console = _console()
+        for claim in report.claims:
+            verdict = "ok    " if claim.passed else "FAILED"
+            console.print(
+                escape(f"{verdict}  {claim.where}: {claim.claim}: {claim.found}"), soft_wrap=True, highlight=False
+            )
+        failed = len(report.failures())
+        console.print(f"{len(report.claims)} claims, {failed or 'none'} of them false", soft_wrap=True)
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 @app.command("demo")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ from .errors import InvalidParameterError
 from .glue import affine_image
 from .lben import LBEN
 from .network import Network
+from .registry import plugins
+from .schema import PluginSource, Provenance
 from .trace import Step, glue_dae, group, label, stage_dae, trace, unshuffling
 from .validate import compare
 
@@ -103,6 +107,24 @@ def convert(
         modules.append(members[0].module if dae is None else LBEN.from_dae(dae, epsilon, delta, options))
         constants.append(members[0].lipschitz if dae is None else None)
     network = Network(modules, constants, groups[0][0].input_shape).eval()
+    network.provenance = _provenance(model, {step.plugin for members in groups for step in members})
     if check:
         compare(model, network, groups, daes, delta=delta)
     return network.to(next((p.device for p in model.parameters()), network.device))
+
+
+def _provenance(model: nn.Module, used: set[str]) -> Provenance:
+    """Where a network comes from: the plugins that described it, and the SHA-256 of the source's tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            given = value.detach().cpu().contiguous()
+            digest.update(f"{name} {given.dtype} {tuple(given.shape)}\n".encode())
+            digest.update(given.reshape(-1).view(torch.uint8).numpy().data)
+    sources = [
+        PluginSource(name=plugin.name, distribution=plugin.distribution, version=plugin.version)
+        for plugin in plugins()
+        if plugin.name in used
+    ]
+    versions = {"lipconvert": version("lipconvert"), "torch": torch.__version__}
+    return Provenance(model=type(model).__name__, sha256=digest.hexdigest(), plugins=sources, versions=versions)

@@ -71,7 +71,8 @@ class Solution:
 class SolverOptions:
     """How to solve. ``method``: one of `METHODS`; ``tolerance``: relative residual, None for the dtype's default (1e-13
     in float64, 2e-6 in float32); ``max_steps``: of one sample, in all; ``throw``: raise `NotConvergedError` rather
-    than hand back an unconverged `Solution`.
+    than hand back an unconverged `Solution`. ``alpha``: the step of ``peaceman_rachford`` and ``forward_backward``, None for
+    the map's own.
 
     ``auto`` takes forward substitution when one pass meets the tolerance (a triangular W, exactly or to round-off), block
     sweeps when W is close to triangular (then Peaceman-Rachford for the samples they leave), else Peaceman-Rachford, at
@@ -83,6 +84,7 @@ class SolverOptions:
     tolerance: float | None = None
     max_steps: int = 5000
     throw: bool = True
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -91,6 +93,11 @@ class SolverOptions:
             raise InvalidParameterError("tolerance", self.tolerance, "it must be positive")
         if self.max_steps < 1:
             raise InvalidParameterError("max_steps", self.max_steps, "at least one step is needed")
+        if self.alpha is not None:
+            if self.method not in ("peaceman_rachford", "forward_backward"):
+                raise InvalidParameterError("alpha", self.alpha, f"{self.method} has no step of its own")
+            if not self.alpha > 0.0:
+                raise InvalidParameterError("alpha", self.alpha, "a step must be positive")
 
 
 DEFAULT = SolverOptions()
@@ -147,7 +154,7 @@ def _dispatch(
     if method == "auto" and map.remainder <= 100.0 * tolerance:  # it may do, though the bound does not say so
         steps = torch.ones(len(u), dtype=torch.long, device=u.device)
         solution = _evaluated(map, sigma, u, start, steps, tolerance, "forward_substitution")
-    plan = _plan(method, map, options.max_steps)
+    plan = _plan(options, map)
     while solution is None or not bool(solution.converged.all()):
         iteration, max_steps = next(plan, (None, 0))
         if iteration is None:
@@ -160,16 +167,17 @@ def _dispatch(
     return solution
 
 
-def _plan(method: str, map: StateMap, max_steps: int) -> Iterator[tuple[Iteration, int]]:
+def _plan(options: SolverOptions, map: StateMap) -> Iterator[tuple[Iteration, int]]:
     """What to run in turn, each on the samples that the one before left. Step sizes are estimated when they are needed."""
-    single = {
+    single: dict[str, Callable[[], Iteration]] = {
         "sweep": Sweep,
-        "forward_backward": ForwardBackward,
-        "peaceman_rachford": PeacemanRachford,
+        "forward_backward": lambda: ForwardBackward(options.alpha),
+        "peaceman_rachford": lambda: PeacemanRachford(options.alpha),
         "newton": Newton,
     }
-    if method in single:
-        yield single[method](), max_steps
+    max_steps = options.max_steps
+    if options.method in single:
+        yield single[options.method](), max_steps
         return
     if map.remainder <= NEARLY_TRIANGULAR:
         steps = min(100, max_steps)

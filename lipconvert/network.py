@@ -12,7 +12,7 @@ from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .glue import core_lipschitz
 from .lben import LBEN
-from .schema import NetworkInfo, StageInfo
+from .schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
 
 
 class Network(nn.Module):
@@ -21,6 +21,7 @@ class Network(nn.Module):
     ``steps``: all modules; ``stages``: the LBEN among them; ``lipschitz``: the product of all their constants, L of the
     network from input to output; ``input_shape`` of one sample. ``glue_lipschitz``: for each step None, or the constant of
     glue the core does not know; that of its own glue is read off the module whenever it is asked for. Glue is frozen.
+    ``class_names``, ``provenance`` (set by `convert`) and ``training_summary`` go into checkpoints with it.
     Raises `ShapeError` for inputs that do not fit, `NotConvergedError` from the stages.
     """
 
@@ -33,6 +34,9 @@ class Network(nn.Module):
         self.steps = nn.ModuleList(steps)
         self.glue_lipschitz = tuple(None if g is None else float(g) for g in glue_lipschitz)
         self.input_shape = tuple(int(size) for size in input_shape)
+        self.class_names: tuple[str, ...] = ()
+        self.provenance: Provenance | None = None
+        self.training_summary: TrainingSummary | None = None
         for step, L in zip(steps, self.step_lipschitz, strict=True):
             if not 0.0 < L < math.inf:
                 raise NoCertificateError(type(step).__name__, f"its Lipschitz constant is {L}")
@@ -57,8 +61,9 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
-        return next((p.dtype for p in self.parameters()), torch.float64)
+        """The dtype of the parameters, or of the numbers of glue where there are none."""
+        numbers = (t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+        return next(numbers, torch.float64)
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +143,9 @@ class Network(nn.Module):
             parameters=sum(s.parameters for s in steps),
             dtype=str(self.dtype).removeprefix("torch."),
             steps=steps,
+            class_names=list(self.class_names),
+            provenance=self.provenance,
+            training=self.training_summary,
         )
 
     def extra_repr(self) -> str:

@@ -189,9 +189,9 @@ def prove_constant(dae: DAE, enclosure: Enclosure | None = None) -> Proof | NotP
     for delta in DELTAS:
         L = dae.lipschitz * (1.0 + delta)
         for multiplier in [Lambda] if delta == 0.0 else [Lambda, strict_multiplier(dae, delta).cpu()]:
-            answer = prove_lmi(enclosure, multiplier, L)
-            if isinstance(answer, Proof):
-                return Proof(answer.Lambda, L, answer.rounding, delta)
+            H, _, error = enclosure.lmi(multiplier, L)
+            if exceeds(H, error):
+                return Proof(multiplier, L, error, delta)
     H, _, error = enclosure.lmi(Lambda, L)
     return _not_proved(H, error, L, f"H(Λ, L) of {dae.name!r}, up to L = {L:.9g}")
 

@@ -150,6 +150,87 @@ class RobustnessReport(_Document):
     attack: AttackResult | None = None
 
 
+GraphMethod = Literal["substitution", "convolutions", "sweeps", "splitting"]
+
+
+class GraphEntry(_Document):
+    """How a stage is written in the graph of a checkpoint."""
+
+    function: str = Field(description="name of the model-local function, in the domain lipconvert")
+    method: GraphMethod = Field(description="straight-line for the first two, a loop for the others")
+    skipped: float = Field(
+        ge=0.0, description="bound of the norm of what is not read of W; in sweeps, of W above its blocks"
+    )
+    tolerance: float = Field(default=0.0, ge=0.0, description="of a loop: NaN where the relative residual is larger")
+    max_steps: int = Field(default=0, ge=0, le=10**9, description="of a loop")
+    alpha: float = Field(default=1.0, gt=0.0, description="step of a splitting")
+    inverse_steps: int = Field(default=0, ge=0, le=200, description="Newton-Schulz steps for its resolvent")
+
+
+class StageCertificate(_Document):
+    """What was proved of the W, U and G that are stored; the tensors ``multiplier`` and ``metric`` are the proofs."""
+
+    lipschitz: float = Field(gt=0.0, description="H(multiplier, lipschitz) ≻ 0: condition (10)")
+    delta: float = Field(ge=0.0, description="lipschitz is the prescribed constant times 1 + δ")
+    mu: float = Field(gt=0.0, description="X(metric) ⪰ 2μ·metric: condition (3), well-posed")
+    rounding: float = Field(ge=0.0, description="bound of the rounding error of H that the proof allows for")
+
+
+class PluginSource(_Document):
+    """A plugin that described part of a model."""
+
+    name: str
+    distribution: str
+    version: str
+
+
+class Provenance(_Document):
+    """Where a converted network comes from."""
+
+    model: str = Field(description="type of the source model")
+    sha256: str = Field(description="of its state dict: names, dtypes, shapes and bytes in order of names")
+    plugins: list[PluginSource]
+    versions: dict[str, str] = Field(description="of lipconvert and torch at conversion")
+
+
+class TrainingSummary(_Document):
+    """What was done to a network after conversion, in the words of who did it."""
+
+    data: str = ""
+    epochs: int | None = Field(default=None, ge=0)
+    notes: dict[str, str | float | int | bool | None] = Field(default={})
+
+
+class PairBound(_Document):
+    """The proved constant of one logit difference y_i − y_j."""
+
+    i: int = Field(ge=0)
+    j: int = Field(ge=0)
+    lipschitz: float = Field(ge=0.0)
+
+
+class LipschitzReport(_Document):
+    """What ``lipconvert tighten`` prints: the best constants that were proved for a network."""
+
+    method: Search
+    dtype: str = Field(description="dtype of the network, for whose floats the proofs hold")
+    prescribed: float = Field(gt=0.0, description="L the network was built with")
+    lipschitz: float = Field(ge=0.0, description="proved constant of the output as a vector")
+    empirical: float | None = Field(default=None, description="a quotient that was met: a lower bound")
+    pairs: list[PairBound] = Field(
+        default=[], description="of logit differences, where the output is a vector of logits"
+    )
+    stages: list[StageProof]
+    seconds: float = Field(ge=0.0)
+
+
+class LogitBound(_Document):
+    """Constants proved of the logits; those of their differences are the tensor ``pairs``."""
+
+    method: Method
+    lipschitz: float = Field(ge=0.0, description="of the logits as a vector")
+
+
 class StageInfo(_Document):
     """One step of a converted network."""
 
@@ -164,16 +245,25 @@ class StageInfo(_Document):
     epsilon: float | None = None
     lipschitz: float = Field(gt=0.0)
     parameters: int = Field(ge=0)
+    graph: GraphEntry | None = Field(default=None, description="of a checkpoint with a graph")
+    certificate: StageCertificate | None = Field(default=None, description="of a checkpoint")
 
 
 class NetworkInfo(_Document):
-    """What ``lipconvert info`` and ``lipconvert convert`` print about a network."""
+    """What ``lipconvert info`` and ``lipconvert convert`` print about a network; the last fields are of checkpoints."""
 
     input_shape: list[int]
     lipschitz: float = Field(gt=0.0)
     parameters: int = Field(ge=0)
     dtype: str
     steps: list[StageInfo]
+    bound: LogitBound | None = None
+    pairs: tuple[float, float] | None = Field(
+        default=None, description="least and greatest constant of logit differences"
+    )
+    class_names: list[str] = Field(default=[])
+    provenance: Provenance | None = None
+    training: TrainingSummary | None = None
 
 
 class ConversionReport(_Document):
@@ -225,16 +315,57 @@ class StageEntry(_Document):
     activations: list[tuple[str, int]]
     blocks: list[int]
     image: list[int] = Field(default=[])
+    origin: list[int] = Field(default=[], description="offset of the first stored tap of the kernels W")
+    graph: GraphEntry | None = Field(default=None, description="null in a file without a graph")
+    certificate: StageCertificate | None = Field(default=None, description="null: nothing was proved")
+
+
+class TensorEntry(_Document):
+    """A tensor of a checkpoint."""
+
+    name: str
+    dtype: Literal["float32", "float64"]
+    shape: list[int]
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of its bytes, little-endian, row by row")
+
+
+FORMAT_VERSION = 2
 
 
 class Manifest(_Document):
-    """The metadata entry ``lipconvert`` of a checkpoint in safetensors form."""
+    """What a checkpoint says of itself, in the metadata of its data file (``lipconvert``) and of its graph."""
 
-    format_version: Literal[1] = 1
-    lipconvert_version: str
+    format_version: Literal[2] = FORMAT_VERSION
+    versions: dict[str, str] = Field(description="of lipconvert, onnx and onnx_ir, which wrote the graph")
     input_shape: list[int]
     dtype: Literal["float32", "float64"]
     steps: list[Annotated[StageEntry | GlueEntry, Field(discriminator="kind")]]
+    tensors: list[TensorEntry]
+    bound: LogitBound | None = Field(default=None, description="null: nothing was proved of the logits")
+    class_names: list[str] = Field(default=[])
+    provenance: Provenance | None = None
+    training: TrainingSummary | None = None
+
+
+class Claim(_Document):
+    """One thing a checkpoint claims, and what was found."""
+
+    claim: str
+    where: str = Field(description="a file, a stage, or the network")
+    passed: bool
+    found: str = Field(description="the numbers, in words")
+
+
+class VerificationReport(_Document):
+    """What ``lipconvert verify`` found; every claim was checked afresh from the files alone."""
+
+    path: str
+    claims: list[Claim] = Field(min_length=1)
+    passed: bool = Field(description="every claim holds")
+
+    def failures(self) -> list[str]:
+        """The claims that do not hold, in words."""
+        return [f"{c.claim} ({c.where}): {c.found}" for c in self.claims if not c.passed]
 
 
 class TrainConfig(_Document):
@@ -273,29 +404,6 @@ class DemoReport(_Document):
     rows: list[DemoRow]
 
 
-class PairBound(_Document):
-    """The proved constant of one logit difference y_i − y_j."""
-
-    i: int = Field(ge=0)
-    j: int = Field(ge=0)
-    lipschitz: float = Field(ge=0.0)
-
-
-class LipschitzReport(_Document):
-    """What ``lipconvert tighten`` prints: the best constants that were proved for a network."""
-
-    method: Search
-    dtype: str = Field(description="dtype of the network, for whose floats the proofs hold")
-    prescribed: float = Field(gt=0.0, description="L the network was built with")
-    lipschitz: float = Field(ge=0.0, description="proved constant of the output as a vector")
-    empirical: float | None = Field(default=None, description="a quotient that was met: a lower bound")
-    pairs: list[PairBound] = Field(
-        default=[], description="of logit differences, where the output is a vector of logits"
-    )
-    stages: list[StageProof]
-    seconds: float = Field(ge=0.0)
-
-
 DOCUMENTS: dict[str, type[_Document]] = {
     "attack-config": AttackConfig,
     "conversion-report": ConversionReport,
@@ -307,6 +415,7 @@ DOCUMENTS: dict[str, type[_Document]] = {
     "robustness-report": RobustnessReport,
     "train-config": TrainConfig,
     "validation-report": ValidationReport,
+    "verification-report": VerificationReport,
 }
 
 

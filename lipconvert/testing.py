@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hookspecs
-from .checkpoint import from_state_dict, load, read_weights, save
+from .checkpoint import load, save
 from .conditions import check
 from .convert import convert, to_dae
 from .dae import DAE
@@ -50,6 +50,7 @@ from .network import Network
 from .registry import Plugin, registry
 from .trace import Step, group, stage_dae, trace
 from .validate import jacobian, relative_difference
+from .weights import from_state_dict, read_weights
 
 try:
     import pytest

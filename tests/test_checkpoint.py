@@ -1,8 +1,8 @@
 """Networks to files and back bit by bit, and every way a file can be wrong."""
 
+import hashlib
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +36,24 @@ def samples(net, count=6):
 
 def tensors_of(path):
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        return {key: file.get_tensor(key).clone() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def write(path, tensors, manifest):
+    """A file as somebody would write it who knows the format: hashes of what is there, under what the manifest says."""
+    if isinstance(manifest, dict):
+        for entry in manifest.get("tensors", []):
+            found = tensors.get(entry["name"])
+            if found is not None and (str(found.dtype).removeprefix("torch."), list(found.shape)) == (
+                entry["dtype"],
+                entry["shape"],
+            ):
+                entry["sha256"] = hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest()
+    text = manifest if isinstance(manifest, str) else json.dumps(manifest)
+    save_file(
+        tensors, path, metadata={"lipconvert": text, "lipconvert.sha256": hashlib.sha256(text.encode()).hexdigest()}
+    )
+    return path
 
 
 def bits(tensor):
@@ -57,7 +74,7 @@ class TestRoundTrip:
         # The file itself, read by another library, holds the parameters' bytes.
         stored, _ = tensors_of(path)
         parameters = dict(net.named_parameters()) | dict(net.named_buffers())
-        assert {k: bits(v) for k, v in stored.items()} == {k: bits(v) for k, v in parameters.items()}
+        assert {k: bits(stored[k]) for k in parameters} == {k: bits(v) for k, v in parameters.items()}
         again = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
         assert {k: bits(v) for k, v in again.items()} == {k: bits(v) for k, v in parameters.items()}
         assert (loaded.lipschitz, loaded.input_shape) == (net.lipschitz, net.input_shape)
@@ -160,7 +177,7 @@ class TestImages:
         lc.save(net, path)
         stored, metadata = tensors_of(path)
         tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-        assert {k: bits(v) for k, v in stored.items()} == {k: bits(v) for k, v in tensors.items()}
+        assert {k: bits(stored[k]) for k in tensors} == {k: bits(v) for k, v in tensors.items()}
         assert stored["steps.5.G"].shape == (4, 7, 8, 4)  # identity rows for the skip, 3 neurons; 8×4 pixels
         entries = json.loads(metadata["lipconvert"])["steps"]
         assert [entry["image"] for entry in entries if entry["kind"] == "lben"] == [[8, 4], [4, 2], []]
@@ -227,8 +244,7 @@ def image_checkpoint(tmp_path):
     manifest = json.loads(metadata["lipconvert"])
 
     def rewrite(new_tensors=tensors, new_manifest=manifest):
-        save_file(new_tensors, path, metadata={"lipconvert": json.dumps(new_manifest)})
-        return path
+        return write(path, new_tensors, new_manifest)
 
     return tensors, manifest, rewrite
 
@@ -328,7 +344,7 @@ class TestBadImages:
 class TestNothingHalfWritten:
     def test_wrong_suffix(self, tmp_path):
         net = lc.convert(example("aol"))
-        for name in ("net.pt", "net.onnx", "net"):
+        for name in ("net.pt", "net.bin", "net"):
             with pytest.raises(lc.CheckpointError, match="the suffix must be"):
                 lc.save(net, tmp_path / name)
         assert list(tmp_path.iterdir()) == []
@@ -349,11 +365,11 @@ class TestNothingHalfWritten:
         lc.save(net, path)
         before = path.read_bytes()
 
-        def fails(tensors, name, metadata):
-            Path(name).write_bytes(b"half of it")
+        def fails(path, tensors, manifest):
+            path.write_bytes(b"half of it")
             raise OSError("disk full")
 
-        monkeypatch.setattr("lipconvert.checkpoint.save_file", fails)
+        monkeypatch.setattr("lipconvert.checkpoint.write_data", fails)
         with pytest.raises(OSError, match="disk full"):
             lc.save(net, path)
         assert path.read_bytes() == before
@@ -371,9 +387,7 @@ def checkpoint(tmp_path):
     manifest = json.loads(metadata["lipconvert"])
 
     def rewrite(new_tensors=tensors, new_manifest=manifest):
-        text = new_manifest if isinstance(new_manifest, str) else json.dumps(new_manifest)
-        save_file(new_tensors, path, metadata={"lipconvert": text})
-        return path
+        return write(path, new_tensors, new_manifest)
 
     return path, tensors, manifest, rewrite
 
@@ -422,17 +436,26 @@ class TestBadFiles:
             with pytest.raises(lc.CheckpointError, match="not a lipconvert checkpoint"):
                 lc.load(path)
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "{}", '{"format_version": 2}', "1e999"])
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', '{"format_version": 2}', "1e999"])
     def test_a_manifest_that_is_none(self, checkpoint, text):
         *_, rewrite = checkpoint
         with pytest.raises(lc.CheckpointError, match="metadata 'lipconvert'"):
             lc.load(rewrite(new_manifest=text))
 
     @pytest.mark.parametrize(
+        "text", ["{}", '{"format_version": 1}', '{"format_version": "2"}', '{"format_version": null}']
+    )
+    def test_another_version(self, checkpoint, text):
+        *_, rewrite = checkpoint
+        with pytest.raises(lc.CheckpointError, match="this lipconvert reads 2") as caught:
+            lc.load(rewrite(new_manifest=text))
+        assert caught.value.field == "format_version"
+
+    @pytest.mark.parametrize(
         ("change", "where"),
         [
             (lambda m: m.update(surprise=1), "surprise"),
-            (lambda m: m.update(format_version=2), "format_version"),
+            (lambda m: m.update(format_version=3), "format_version"),
             (lambda m: m.update(dtype="float16"), "dtype"),
             (lambda m: m.pop("input_shape"), "input_shape"),
             (lambda m: _stage(m).update(surprise=1), "surprise"),

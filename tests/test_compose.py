@@ -428,19 +428,21 @@ def matrices(K: Tensor) -> Tensor:
     return torch.einsum("ijab,fab->fij", K.to(torch.complex128), waves(K.shape[2:]))
 
 
-def kernels(M: Tensor, image: tuple[int, ...]) -> Tensor:
+def kernels(M: Tensor, image: tuple[int, ...], tolerance: float = 1e-12) -> Tensor:
     """The real kernels with these matrices, each frequency counted with its conjugate; fails if there are none."""
     h, w = image
     twice = torch.tensor([1.0 if m == 0 or 2 * m == w else 2.0 for _ in range(h) for m in range(w // 2 + 1)])
     K = torch.einsum("fij,fab,f->ijab", M, waves(image).conj(), twice.to(torch.complex128)).real / (h * w)
-    close(torch.view_as_real(matrices(K)), torch.view_as_real(M), 1e-12)
+    close(torch.view_as_real(matrices(K)), torch.view_as_real(M), tolerance)
     return K
 
 
 def expand(dae: DAE) -> DAE:
     """The same DAE on flattened images."""
     image, pixels = dae.grid.image, dae.grid.pixels
-    W, U, G, V = (None if M is None else circulant(kernels(M, image)) for M in (dae.W, dae.U, dae.G, dae.V))
+    W, U, G = (circulant(kernels(M, image)) for M in (dae.W, dae.U, dae.G))
+    # a principal root of round-off is √u: so far may V be from symmetric (`lipconvert.psd_sqrt`)
+    V = None if dae.V is None else circulant(kernels(dae.V, image, 1e-7))
     assert W is not None
     assert U is not None
     assert G is not None

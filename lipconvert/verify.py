@@ -1,0 +1,288 @@
+"""Everything a checkpoint claims, checked afresh from its files alone: no plugin, no GPU, nothing believed.
+
+Its hashes, and that graph and data belong together; that W is what the free parameters give; that conditions (10) and (3)
+hold for the floats stored; that the constants of logits can be proved again; that onnxruntime computes what torch does.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as ort  # type: ignore[attr-defined]
+from torch import Tensor
+
+from . import checkpoint
+from .certify import Certifier
+from .checkpoint import ERRORS, PAIRS, enclosed, errors_of, network_of
+from .container import GRAPH, Stored, read
+from .errors import CheckpointError, LipconvertError, NotConvergedError
+from .lben import LBEN
+from .network import Network
+from .onnx_graph import INPUT, LOGITS
+from .onnx_plan import Plan, full_kernels
+from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_lmi, prove_monotone
+from .schema import Claim, StageEntry, VerificationReport
+
+# Largest difference of outputs, relative to the largest output: what two orders of summation leave, and two solvers.
+AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+# Inputs that are tried: batches of several sizes, pixels and normal numbers.
+BATCHES = (1, 7, 32)
+
+# What onnxruntime raises for a graph it cannot load or run.
+REFUSED = (
+    ort.Fail,
+    ort.InvalidArgument,
+    ort.InvalidGraph,
+    ort.InvalidProtobuf,
+    ort.NoSuchFile,
+    ort.NotImplemented,
+    ort.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
+
+# Share by which a constant found anew may exceed what is claimed: a search ends a little elsewhere on another machine.
+ANEW = 1e-6
+
+
+def verify(path: str | Path, seed: int | None = None) -> VerificationReport:
+    """Check every claim of a checkpoint. ``seed``: of the inputs the graph is tried on, a fresh one by default.
+
+    A file that is damaged, or no checkpoint, fails its first claim; nothing is raised for what is in it.
+    """
+    name = str(path)
+    claims: list[Claim] = []
+    try:
+        stored = read(path)
+        entries = stored.manifest.tensors
+        kinds = "graph and data" if stored.graph is not None else "data"
+        claims.append(_claim("the files are what was saved", name, True, f"SHA-256 of {kinds}, {len(entries)} tensors"))
+        net = network_of(stored.manifest, stored.tensors, name)
+    except CheckpointError as error:
+        claims.append(_claim("the files are what was saved", name, False, str(error)))
+        return VerificationReport(path=name, claims=claims, passed=False)
+    for check in (_stages(stored, net), _bounds(stored, net), _graph(stored, net, Path(path), seed)):
+        claims += check
+    return VerificationReport(path=name, claims=claims, passed=all(claim.passed for claim in claims))
+
+
+def _claim(claim: str, where: str, passed: bool, found: str) -> Claim:
+    return Claim(claim=claim, where=where, passed=passed, found=found)
+
+
+def _stages(stored: Stored, net: Network) -> Iterator[Claim]:
+    for k, (entry, step) in enumerate(zip(stored.manifest.steps, net.steps, strict=True)):
+        if not isinstance(entry, StageEntry) or not isinstance(step, LBEN):
+            continue
+        where = f"step {k}, {entry.name}"
+        W = stored.tensors[f"steps.{k}.W"]
+        yield _rebuilt(where, entry, step, W)
+        E = enclosed(W, entry.origin, step.U.detach(), step.G.detach(), step.grid)
+        multiplier, metric = (stored.tensors.get(f"steps.{k}.{name}") for name in ("multiplier", "metric"))
+        yield from _proofs(where, entry, step, E, multiplier, metric)
+
+
+def _rebuilt(where: str, entry: StageEntry, step: LBEN, W: Tensor) -> Claim:
+    """The stored W against paper eq. (2) of the free parameters, evaluated here."""
+    own = step.state_map().W
+    expected = (step.grid.kernels(own) if step.grid else own).detach().double()
+    difference = float((full_kernels(W, entry.origin, step.grid).double() - expected).abs().max())
+    # Another order of summation over n products, and the transforms.
+    n, eps = len(step.b_z), torch.finfo(W.dtype).eps
+    allowed = (64.0 + 4.0 * n) * eps * max(1.0, float(expected.abs().max()))
+    found = f"off by {difference:.1e}, rounding allows {allowed:.1e}"
+    return _claim("W is what the parameters give", where, difference <= allowed < math.inf, found)
+
+
+def _proofs(
+    where: str, entry: StageEntry, step: LBEN, E: Enclosure, multiplier: Tensor | None, metric: Tensor | None
+) -> Iterator[Claim]:
+    """(10) and (3) for the floats stored, by the multipliers stored; found anew where there are none."""
+    lipschitz, well_posed = "condition (10): Lipschitz with its constant", "condition (3): one equilibrium"
+    given = entry.certificate
+    try:
+        if given is None and multiplier is None and metric is None:
+            anew = prove_constant(step.running(), E)
+            passed = isinstance(anew, Proof)
+            found = f"proved anew at L = {anew.lipschitz:.9g}" if isinstance(anew, Proof) else _reason(anew)
+            yield _claim(lipschitz, where, passed, found)
+            yield _claim(well_posed, where, passed, "(10) with a margin implies it" if passed else "(10) has no proof")
+            return
+        if given is None or multiplier is None or metric is None:
+            yield _claim(
+                lipschitz, where, False, "a certificate and its tensors multiplier and metric are not all there"
+            )
+            return
+        proof = prove_lmi(E, multiplier, given.lipschitz)
+        honest = given.lipschitz <= entry.lipschitz * (1.0 + given.delta) * (1.0 + 2.0**-50)
+        stated = f"{entry.lipschitz:g} (1 + {given.delta:g})"
+        found = f"H > 0 at L = {given.lipschitz:.9g} = {stated}, rounding {proof.rounding:.1e}"
+        yield _claim(lipschitz, where, bool(proof) and honest, found if isinstance(proof, Proof) else _reason(proof))
+        mu = prove_monotone(E, metric)
+        yield _claim(well_posed, where, mu >= given.mu * (1.0 - ANEW), f"mu = {mu:.6g}, claimed {given.mu:.6g}")
+    except LipconvertError as error:  # a multiplier of another size, or not positive
+        yield _claim(lipschitz, where, False, str(error))
+
+
+def _reason(answer: Proof | NotProved) -> str:
+    return answer.reason if isinstance(answer, NotProved) else ""
+
+
+def _bounds(stored: Stored, net: Network) -> Iterator[Claim]:
+    """The constants of the logits, proved again by the method that is claimed, and the error bounds of the graph."""
+    claimed, pairs, errors = stored.manifest.bound, stored.tensors.get(PAIRS), stored.tensors.get(ERRORS)
+    if claimed is None and pairs is None and errors is None:
+        return
+    what, where = "constants of the logits", "the network"
+    if claimed is None or pairs is None:
+        yield _claim(what, where, False, "only one of the manifest's bound and the tensor of pairs is there")
+        return
+    try:
+        certifier = Certifier(net, claimed.method)
+        found = certifier.bounds[-1]
+        assert found.pairs is not None
+        vector = torch.tensor([found.lipschitz]), torch.tensor([claimed.lipschitz])
+        excess = max(_excess(*vector), _excess(found.pairs, pairs))
+        numbers = f"L = {found.lipschitz:.7g}, claimed {claimed.lipschitz:.7g}"
+        text = f"{claimed.method}: {numbers}; of differences {_range(found.pairs)}"
+        yield _claim(what, where, excess <= 1.0 + ANEW, text)
+        if errors is None:
+            return
+        own = errors_of(certifier, _plans(stored, net))
+        text = f"{float(own[0].max()):.1e} + {float(own[1].max()):.1e} |x| of a logit difference at most"
+        yield _claim("error bounds of the graph", where, _excess(own, errors) <= 1.0 + ANEW, text)
+    except LipconvertError as error:
+        yield _claim(what, where, False, str(error))
+
+
+def _excess(found: Tensor, claimed: Tensor) -> float:
+    """By what factor numbers found exceed those that are claimed, at most; ∞ where they do not fit, or make no sense."""
+    if found.shape != claimed.shape or not bool(((claimed >= 0.0) & torch.isfinite(claimed)).all()):
+        return math.inf
+    # nothing is said on the diagonal, where both are 0
+    return float(torch.where(found <= claimed, 0.0, found / claimed).max())
+
+
+def _range(pairs: Tensor) -> str:
+    off = pairs[~torch.eye(len(pairs), dtype=torch.bool)]
+    return f"{float(off.min()):.7g} to {float(off.max()):.7g}"
+
+
+def _plans(stored: Stored, net: Network) -> dict[int, Plan]:
+    """How the stages are written, as the manifest says. Raises `CheckpointError` where it does not."""
+    plans = {}
+    for k, (entry, step) in enumerate(zip(stored.manifest.steps, net.steps, strict=True)):
+        if isinstance(entry, StageEntry) and isinstance(step, LBEN):
+            if entry.graph is None:
+                raise CheckpointError("the manifest", f"step {k}", "it does not say how the stage is written")
+            origin = (entry.origin[0], entry.origin[1]) if step.grid else (0, 0)
+            plans[k] = Plan(entry.graph, step, stored.tensors[f"steps.{k}.W"], origin)
+    return plans
+
+
+def _graph(stored: Stored, net: Network, path: Path, seed: int | None) -> Iterator[Claim]:
+    """onnxruntime against torch."""
+    if path.suffix != GRAPH:
+        return
+    where = str(path)
+    try:
+        onnx.checker.check_model(where, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        yield _claim("the graph is well-formed", where, False, str(error))
+        return
+    yield _claim("the graph is well-formed", where, True, "onnx.checker, with shape inference")
+    assert stored.graph is not None
+    written = _written(stored, net, where)
+    yield written
+    if not written.passed:  # it might compute anything, for ever
+        return
+    what = "onnxruntime computes what torch does"
+    try:
+        session = session_of(path)
+    except REFUSED as error:
+        yield _claim(what, where, False, f"onnxruntime does not load it: {error}")
+        return
+    yield from _agreement(session, net, secrets.randbits(32) if seed is None else seed, what, where)
+
+
+def _written(stored: Stored, net: Network, where: str) -> Claim:
+    """The graph against the one that is written for these weights here, node by node."""
+    graph, manifest = stored.graph, stored.manifest
+    assert graph is not None
+    what = "the graph is what lipconvert writes for these weights"
+    outputs = [value.name for value in graph.graph.output][1:]
+    try:
+        plans = _plans(stored, net)
+        inline = bool(plans) and not graph.functions
+        own = checkpoint.graph_of(net, plans, checkpoint.embedded(stored.tensors), outputs, manifest, inline)
+    except (LipconvertError, ValueError, KeyError, IndexError) as error:
+        return _claim(what, where, False, f"none can be written: {error}")
+    parts = {
+        "inputs": (graph.graph.input, own.graph.input),
+        "outputs": (graph.graph.output, own.graph.output),
+        "nodes": (graph.graph.node, own.graph.node),
+        "functions": (graph.functions, own.functions),
+        "operator sets": (graph.opset_import, own.opset_import),
+        "versions": ([graph.ir_version], [own.ir_version]),
+        "sparse initialisers": (graph.graph.sparse_initializer, []),
+        "initialisers": ([t.name for t in graph.graph.initializer], [t.name for t in own.graph.initializer]),
+    }
+    other = [name for name, (given, expected) in parts.items() if list(given) != list(expected)]
+    nodes = len(graph.graph.node) + sum(len(function.node) for function in graph.functions)
+    if not other:
+        return _claim(what, where, True, f"{nodes} nodes, {len(graph.functions)} functions")
+    found = f"{', '.join(other)} differ"
+    if manifest.versions != (here := checkpoint.writers()):
+        # another version may write another graph that computes the same: it has to be checked, or written, by that
+        found += (
+            f"; it says that {_words(manifest.versions)} have written it, and here are {_words(here)}: save it again"
+        )
+    return _claim(what, where, False, found)
+
+
+def _words(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items()) or "no versions"
+
+
+def session_of(path: Path) -> onnxruntime.InferenceSession:
+    """The graph in onnxruntime, on the CPU, quietly."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _agreement(
+    session: onnxruntime.InferenceSession, net: Network, seed: int, what: str, where: str
+) -> Iterator[Claim]:
+    generator = torch.Generator().manual_seed(seed)
+    worst, limit = 0.0, AGREEMENT[net.dtype]
+    for size in BATCHES:
+        for draw in (torch.rand, torch.randn):
+            x = draw(size, *net.input_shape, generator=generator, dtype=torch.float64).to(net.dtype)
+            with torch.no_grad():
+                try:
+                    expected = net(x).numpy()
+                except NotConvergedError as error:
+                    yield _claim(what, where, False, f"torch finds no equilibrium (inputs of seed {seed}): {error}")
+                    return
+            try:
+                actual = np.asarray(session.run([LOGITS], {INPUT: x.numpy()})[0])
+            except REFUSED as error:
+                yield _claim(what, where, False, f"onnxruntime does not run it: {error}")
+                return
+            scale = float(np.abs(expected).max()) or 1.0
+            difference = (
+                float(np.abs(actual - expected).max()) / scale if actual.shape == expected.shape else float("inf")
+            )
+            worst = max(worst, difference if difference == difference else float("inf"))
+    sizes = ", ".join(map(str, BATCHES))
+    found = f"off by {worst:.1e} of the largest output, {limit:g} allowed; batches of {sizes}, seed {seed}"
+    yield _claim(what, where, worst <= limit, found)
