@@ -42,6 +42,8 @@ from .errors import (
 )
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operator
 from .hookspecs import PluginInfo, hookimpl
+from .hub import from_hub, push_to_hub
+from .interchange import explicit, export_vnnlib, write_vnnlib
 from .lben import LBEN
 from .network import Network
 from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
@@ -145,6 +147,9 @@ __all__ = [
     "eliminate",
     "empirical_lipschitz",
     "equilibrium",
+    "explicit",
+    "export_vnnlib",
+    "from_hub",
     "from_state_dict",
     "gauge",
     "hookimpl",
@@ -160,6 +165,7 @@ __all__ = [
     "prove_monotone",
     "psd_factor",
     "psd_sqrt",
+    "push_to_hub",
     "read_manifest",
     "read_weights",
     "registry",
@@ -174,4 +180,5 @@ __all__ = [
     "validate",
     "verify",
     "write_report",
+    "write_vnnlib",
 ]

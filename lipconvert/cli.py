@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -29,7 +30,7 @@ from rich.table import Table
 from rich.table import box as frames
 from torch import Tensor, nn
 
-from . import checkpoint, container, data, demo
+from . import checkpoint, container, data, demo, interchange
 from .attack import METHODS as ATTACKS
 from .attack import empirical_lipschitz
 from .bounds import lipschitz_bound
@@ -44,6 +45,7 @@ from .errors import (
     ModelError,
     WeightsError,
 )
+from .files import whole
 from .network import Network
 from .registry import plugins as registered
 from .report import require_page
@@ -849,13 +851,35 @@ def export(
     embed: Annotated[bool, typer.Option("--embed", help="one file")] = False,
     inline: Annotated[bool, typer.Option("--inline", help="no functions, for runtimes that have none")] = False,
     class_names: Annotated[str | None, typer.Option("--class-names", metavar="A,B,...")] = None,
+    explicit: Annotated[
+        bool,
+        typer.Option("--explicit", help="a plain feed-forward graph in float32 for other tools, and nothing beside it"),
+    ] = False,
+    vnnlib: Annotated[
+        str | None,
+        typer.Option(
+            "--vnnlib", metavar="DATA", help="for verifiers: --out is a folder, of that graph and properties of DATA"
+        ),
+    ] = None,
+    radius: Annotated[str, typer.Option("--radius", help="of the l2 balls of --vnnlib; fractions are read")] = "36/255",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="how many of the data --vnnlib takes")] = 10,
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="where the files of the torchvision sets are")] = Path(
+        "data"
+    ),
     as_json: JsonOption = False,
     *,
     asked: _Conversion,
 ) -> None:
     """Write a checkpoint with an ONNX graph that onnxruntime runs, and what was proved of it."""
-    if out.suffix != container.GRAPH:
+    if vnnlib is None and out.suffix != container.GRAPH:
         raise CheckpointError(str(out), "path", f"the suffix must be {container.GRAPH}")
+    if explicit or vnnlib is not None:
+        if output or method or embed or inline or class_names:
+            reason = "--output, --method, --embed, --inline and --class-names do not go with --explicit or --vnnlib"
+            raise CheckpointError(str(out), "options", reason)
+        (reach,) = _numbers(radius, "--radius", _fraction)[:1]
+        _export_plain(_network(model, weights, option, asked), out, vnnlib, reach, samples, data_dir)
+        return
     with _progress() as bars:
         task = bars.add_task("reading", total=None)
         net = _network(model, weights, option, asked)
@@ -877,6 +901,28 @@ def export(
     names = [out] if embed else [out, out.with_suffix(container.DATA)]
     console.print(
         escape(f"wrote {', '.join(f'{name} ({name.stat().st_size:,} bytes)' for name in names)}"), soft_wrap=True
+    )
+
+
+def _export_plain(net: Network, out: Path, vnnlib: str | None, radius: float, samples: int, data_dir: Path) -> None:
+    console = _console()
+    if vnnlib is None:
+        model = interchange.explicit(net)
+        with whole(out) as partial:
+            partial.write_bytes(model.SerializeToString(deterministic=True))
+        console.print(
+            escape(f"wrote {out} ({out.stat().st_size:,} bytes, {len(model.graph.node)} nodes)"), soft_wrap=True
+        )
+        return
+    found = data.Shaped(data.load(vnnlib, "test", data_dir), net.input_shape, samples)
+    first = [found[k] for k in range(len(found))]
+    written = interchange.export_vnnlib(net, out, first, radius)
+    console.print(
+        escape(
+            f"wrote {out / 'network.onnx'} and {len(written)} properties of {len(first)} samples: the l-infinity boxes of "
+            f"half-width {radius / math.prod(net.input_shape) ** 0.5:.6g} in the l2 balls of radius {radius:g}"
+        ),
+        soft_wrap=True,
     )
 
 

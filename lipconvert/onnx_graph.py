@@ -73,10 +73,10 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Written:
-    """The values a function returns: y, the residual (B,), and what is false where there is no answer, or None."""
+    """What a function returns: y, the residual (B,) where it is asked for, what is false where there is no answer or None."""
 
     y: ir.Value
-    residual: ir.Value
+    residual: Callable[[], ir.Value]
     ok: ir.Value | None = None
 
 
@@ -99,7 +99,7 @@ def _substitution(a: Author, frame: Columns, s: _Stage) -> _Written:
         v = a.total(terms) if len(terms) > 1 else frame.like(terms[0], X)
         states.append(frame.activate(s.stage.sigma[block], v))
     y = _readout(a, frame, s, list(zip(s.blocks, states, strict=True)))
-    return _Written(y, a("Mul", frame.norm(a.concat(states, -2)), a.real(s.plan.how.skipped)))
+    return _Written(y, lambda: a("Mul", frame.norm(a.concat(states, -2)), a.real(s.plan.how.skipped)))
 
 
 def _readout(a: Author, frame: Columns, s: _Stage, states: Sequence[tuple[slice, ir.Value]]) -> ir.Value:
@@ -162,7 +162,7 @@ def _convolutions(a: Author, s: _Stage) -> _Written:
         else:
             shape = a.concat([a("Shape", s.x, end=1), a.ints(block.stop - block.start, *s.stage.grid.image)], 0)
             v = a("Expand", b, shape)
-        states.append(_on_channels(a, s.stage.sigma[block], v))
+        states.append(on_channels(a, s.stage.sigma[block], v))
         spread(states[-1], s.W, block, [j for j in range(k + 1, len(s.blocks)) if s.kept(s.blocks[j], block)])
     everything, terms = slice(0, len(s.stage.b_y)), [a.reshape(s.b_y, 1, -1, 1, 1)]
     shapes: dict[tuple[range, range], list[int]] = {}
@@ -179,8 +179,12 @@ def _convolutions(a: Author, s: _Stage) -> _Written:
         y = a("Expand", terms[0], shape_y)
     else:
         y = a.total([*terms[1:], terms[0]])
-    norm = a("ReduceL2", a.concat(states, 1), a.ints(1, 2, 3), keepdims=0)
-    return _Written(y, a("Mul", norm, a.real(s.plan.how.skipped)))
+
+    def residual() -> ir.Value:
+        norm = a("ReduceL2", a.concat(states, 1), a.ints(1, 2, 3), keepdims=0)
+        return a("Mul", norm, a.real(s.plan.how.skipped))
+
+    return _Written(y, residual)
 
 
 def _convolved(
@@ -205,7 +209,8 @@ def _convolved(
     return a("Conv", x, K)
 
 
-def _on_channels(a: Author, sigma: Activations, v: ir.Value) -> ir.Value:
+def on_channels(a: Author, sigma: Activations, v: ir.Value) -> ir.Value:
+    """σ(v) for v (B, n, ...)."""
     parts, offset = [], 0
     for activation, size in sigma:
         parts.append(a.activate(activation, a.part(v, slice(offset, offset + size), 1, len(sigma))))
@@ -318,7 +323,14 @@ def _settled(a: Author, frame: Columns, s: _Stage, W: ir.Value, u: ir.Value, z: 
     scale = a.total([frame.norm(z), frame.norm(u), frame.norm(Wz)])
     small = a("LessOrEqual", residual, a("Mul", scale, a.real(s.plan.how.tolerance)))
     ok = a("And", small, a("Less", residual, a.real(math.inf)))  # norms may overflow, and then say nothing
-    return _Written(_readout(a, frame, s, [(slice(0, len(s.stage.b_z)), z)]), residual, ok)
+    return _Written(_readout(a, frame, s, [(slice(0, len(s.stage.b_z)), z)]), lambda: residual, ok)
+
+
+def convolutions(
+    a: Author, plan: Plan, x: ir.Value, W: Kernel, U: Kernel, G: Kernel, b_z: ir.Value, b_y: ir.Value
+) -> ir.Value:
+    """y of a triangular stage on images, by convolutions, for a graph without functions."""
+    return _convolutions(a, _Stage(plan.stage, plan, x, W, U, G, b_z, b_y)).y
 
 
 WRITERS: dict[GraphMethod, Callable[[Author, _Stage], _Written]] = {
@@ -374,7 +386,7 @@ def _stage_function(stage: LBEN, plan: Plan, with_residual: bool) -> ir.Function
     return _function(
         plan.how.function,
         list(inputs.values()),
-        {"y": y} | ({"residual": written.residual} if with_residual else {}),
+        {"y": y} | ({"residual": written.residual()} if with_residual else {}),
         a,
         describe(stage, plan),
     )
@@ -433,7 +445,7 @@ def _radius_function() -> ir.Function:
     return _function(RADIUS_FUNCTION, [x, y, pairs, errors], {"radius": radius}, a, doc)
 
 
-def _glue(
+def glue(
     a: Author, step: nn.Module, x: ir.Value, shape: tuple[int, ...], buffers: Callable[[str], ir.Value]
 ) -> ir.Value:
     """A step that is no stage, on inputs (B, *shape)."""
@@ -518,7 +530,7 @@ def build(
             )
             residuals += rest
         else:
-            x = _glue(a, step, x, shape, lambda name, k=k: initializer(f"steps.{k}.{name}"))
+            x = glue(a, step, x, shape, lambda name, k=k: initializer(f"steps.{k}.{name}"))
         shape = following
     if x is entry or x.producer() is None:
         x = a("Identity", x)
