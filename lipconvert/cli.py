@@ -917,11 +917,12 @@ def _export_plain(net: Network, out: Path, vnnlib: str | None, radius: float, sa
     found = data.Shaped(data.load(vnnlib, "test", data_dir), net.input_shape, samples)
     first = [found[k] for k in range(len(found))]
     written = interchange.export_vnnlib(net, out, first, radius)
+    half = radius / math.prod(net.input_shape) ** 0.5
+    left = "" if len(written) == len(first) else f"; {len(first) - len(written)} samples are classified wrongly"
     console.print(
-        escape(
-            f"wrote {out / 'network.onnx'} and {len(written)} properties of {len(first)} samples: the l-infinity boxes of "
-            f"half-width {radius / math.prod(net.input_shape) ** 0.5:.6g} in the l2 balls of radius {radius:g}"
-        ),
+        escape(f"wrote {out / 'network.onnx'} and the properties of {len(written)} samples{left}"),
+        f"l-infinity boxes of half-width {half:.6g}, inscribed in l2 balls of radius {radius:g}",
+        sep="\n",
         soft_wrap=True,
     )
 

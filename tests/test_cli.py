@@ -617,3 +617,55 @@ def test_as_a_program_in_an_empty_folder(tmp_path):
     assert bad.stdout == ""
     assert bad.stderr == "error: model 'mine:absent': mine has no 'absent'; it has net\n"
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["mine.py", "net.safetensors"]
+
+
+class TestCheckpoints:
+    def test_export_verify_and_info(self, tmp_path):
+        said = run(
+            "export", "my_models:flat", "--out", "a/net.onnx", "--output", "radius", "--class-names", "a, b"
+        ).stdout
+        assert "wrote" in said
+        assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["net.onnx", "net.safetensors"]
+        verified = run("verify", "a/net.onnx").stdout
+        assert "none of them false" in verified
+        assert verified.count("ok    ") == len(as_json("verify", "a/net.onnx")["claims"]) == 9
+        assert all(
+            word in verified for word in ("condition (10)", "condition (3)", "onnxruntime", "SHA-256", "differences")
+        )
+        for name in ("a/net.onnx", "a/net.safetensors"):
+            shown = run("info", name).stdout
+            assert all(
+                word in shown for word in ("proved L", "substitution", "SLLNetwork", "sll (lipconvert", "classes: a, b")
+            )
+        info = as_json("info", "a/net.onnx")
+        assert info["bound"]["method"] == "tightened"
+        assert info["class_names"] == ["a", "b"]
+        assert info["pairs"][0] <= info["pairs"][1] <= 2**0.5 * (1 + 1e-5)
+        assert "certified accuracy" in run("certify", "a/net.onnx", "--data", "digits", "--limit", "5").stdout
+
+    def test_a_false_claim_is_exit_code_1_and_named(self, tmp_path):
+        run("export", "my_models:flat", "--out", "net.onnx")
+        data = bytearray((tmp_path / "net.safetensors").read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "net.safetensors").write_bytes(data)
+        said = run("verify", "net.onnx", code=1).stdout
+        assert "FAILED" in said
+        assert "SHA-256" in said
+        report = json.loads(run("verify", "net.onnx", "--json", code=1).stdout)
+        assert report["passed"] is False
+        assert "SHA-256" in run("info", "net.onnx", code=2).stderr
+        assert "there is no such file" in run("verify", "nothing.onnx", code=2).stderr
+
+    def test_other_forms(self, tmp_path):
+        run("export", "my_models:flat", "--out", "one.onnx", "--embed", "--inline", "--dtype", "float32")
+        assert [path.name for path in tmp_path.iterdir()] == ["one.onnx"]
+        assert "none of them false" in run("verify", "one.onnx").stdout
+        assert "nodes" in run("export", "one.onnx", "--out", "plain.onnx", "--explicit").stdout
+        said = run(
+            "export", "one.onnx", "--out", "vnn", "--vnnlib", "digits", "--radius", "36/255", "--samples", "6"
+        ).stdout
+        assert "half-width 0.0176471" in said
+        assert {path.suffix for path in (tmp_path / "vnn").iterdir()} <= {".onnx", ".vnnlib", ".csv"}
+        assert "do not go with" in run("export", "one.onnx", "--out", "x.onnx", "--explicit", "--embed", code=2).stderr
+        assert "the suffix must be" in run("export", "one.onnx", "--out", "x.pt", code=2).stderr
+        assert "none of" in run("export", "one.onnx", "--out", "x.onnx", "--output", "radii", code=2).stderr

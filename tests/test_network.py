@@ -1,5 +1,7 @@
 """Steps in order and the product of constants, against a tight solve by Newton's method in numpy."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,27 @@ def test_a_network_is_one_torch_module():
         expected: Tensor = net(x)
         assert torch.equal(other(x), expected)
         assert float((net.float()(x.float()).double() - expected).abs().max()) < 1e-3
+
+
+def test_a_network_of_glue_alone_has_the_dtype_of_its_numbers(tmp_path):
+    net = lc.convert(torch.nn.Sequential(lc.Normalize([0.1, 0.2], [0.25, 0.3])).double(), (2, 3, 4), check=False)
+    for dtype in (torch.float64, torch.float32):
+        net = net.to(dtype)
+        assert net.dtype == dtype == net(torch.rand(2, 2, 3, 4)).dtype
+        lc.save(net, tmp_path / "net.onnx")
+        assert lc.verify(tmp_path / "net.onnx", seed=0).passed
+    assert lc.convert(torch.nn.Flatten(), (2, 3), check=False).dtype == torch.float64  # there are no numbers in it
+
+
+def test_where_it_comes_from():
+    """Provenance names the plugins that described it, and the very numbers of the source."""
+    models = lc.registry().example_models("aol", 0)[0], lc.registry().example_models("aol", 1)[0]
+    nets = [lc.convert(model, check=False) for model in (models[0], copy.deepcopy(models[0]).double(), models[1])]
+    found = [net.provenance for net in nets]
+    assert all(p is not None for p in found)
+    assert [[source.name for source in p.plugins] for p in found if p is not None] == [["aol"]] * 3
+    assert len({p.sha256 for p in found if p is not None}) == 3  # another dtype is other numbers, too
+    again = lc.convert(copy.deepcopy(models[0]).double(), check=False).provenance
+    assert again is not None
+    assert found[1] is not None
+    assert again.sha256 == found[1].sha256

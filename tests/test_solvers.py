@@ -247,6 +247,33 @@ def test_peaceman_rachford_has_the_equilibrium_as_fixed_point_for_every_alpha(al
     np.testing.assert_allclose(z.numpy(), expected, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("method", "alpha"), [("peaceman_rachford", 0.05), ("peaceman_rachford", 3.0), ("forward_backward", 0.02)]
+)
+def test_a_step_can_be_prescribed(method, alpha):
+    W = torch.randn(N, N)
+    W = W - W.T - 0.5 * torch.eye(N)
+    map, u = StateMap(W, Lambda=torch.ones(N)), torch.randn(5, N)
+    sigma = Activations("relu", N)
+    own, given = (solve(map, sigma, u, SolverOptions(method, alpha=step, max_steps=20000)) for step in (None, alpha))
+    assert float((own.value - given.value).abs().max()) < 1e-11
+    assert bool((own.steps != given.steps).any())
+
+
+@pytest.mark.parametrize(
+    ("method", "alpha", "reason"),
+    [
+        ("auto", 1.0, "no step of its own"),
+        ("sweep", 1.0, "no step"),
+        ("peaceman_rachford", 0.0, "positive"),
+        ("forward_backward", -1.0, "positive"),
+    ],
+)
+def test_steps_that_make_no_sense(method, alpha, reason):
+    with pytest.raises(InvalidParameterError, match=reason):
+        SolverOptions(method, alpha=alpha)
+
+
 def test_forward_backward_contracts_at_its_rate():
     map, runs = mapping("lben"), SIGMAS["relu"]
     assert map.Lambda is not None
