@@ -60,6 +60,7 @@ def explicit(net: Network) -> onnx.ModelProto:
                     "W is not triangular: it is a true equilibrium, and has no feed-forward form. Export it without"
                 )
                 raise CheckpointError("the graph", f"step {k}, {step.name}", f"{reason} --explicit")
+            a.prefix = f"stage_{k}_"
             write = _images if step.grid else _dense
             x = write(a, chosen, x, lambda name, tensor, k=k: weight(f"{name}_{k}", tensor))
         else:
@@ -102,6 +103,8 @@ def _dense(a: Author, chosen: Plan, x: ir.Value, weight: Weight) -> ir.Value:
         M = weight(f"W{k}", torch.cat(matrices, 1))
         v = a("Gemm", a.concat(inputs, 1), M, weight(f"b{k}", b_z[block]), transB=1)
         states.append(on_channels(a, stage.sigma[block], v))
+        a.call(**{f"v_{k}": v})
+        a.call(**{f"z_{k}": states[-1]})
     matrices, inputs = read(G, None, len(parts))
     if not inputs:
         matrices, inputs = [G[:, parts[0]]], [states[0]]

@@ -32,6 +32,7 @@ class Author:
         self.tape = ir.tape.Tape()
         self._outer, self._constants = outer, dict[tuple[str, tuple[int, ...], bytes], ir.Value]()
         self._count = 0
+        self.prefix = ""
 
     def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """One node with one output."""
@@ -43,6 +44,11 @@ class Author:
             return self._outer._name(f"{op}_in_loop")
         self._count += 1
         return f"{op.lower()}_{self._count}"
+
+    def call(self, **values: ir.Value) -> None:
+        """Give values names, which readers of the graph see."""
+        for name, value in values.items():
+            value.name = self.prefix + name
 
     def constant(self, values: np.ndarray[Any, Any]) -> ir.Value:
         """A constant, written once; inside a loop it is written before the loop."""

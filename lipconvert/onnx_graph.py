@@ -97,7 +97,9 @@ def _substitution(a: Author, frame: Columns, s: _Stage) -> _Written:
             before = slice(s.blocks[first].start, s.blocks[last].stop)
             terms.append(a("MatMul", frame.block(W, block, before, (n, n)), a.concat(states[first : last + 1], -2)))
         v = a.total(terms) if len(terms) > 1 else frame.like(terms[0], X)
+        a.call(**{f"v_{k}": v})
         states.append(frame.activate(s.stage.sigma[block], v))
+        a.call(**{f"z_{k}": states[-1]})
     y = _readout(a, frame, s, list(zip(s.blocks, states, strict=True)))
     return _Written(y, lambda: a("Mul", frame.norm(a.concat(states, -2)), a.real(s.plan.how.skipped)))
 
@@ -162,7 +164,9 @@ def _convolutions(a: Author, s: _Stage) -> _Written:
         else:
             shape = a.concat([a("Shape", s.x, end=1), a.ints(block.stop - block.start, *s.stage.grid.image)], 0)
             v = a("Expand", b, shape)
+        a.call(**{f"v_{k}": v})
         states.append(on_channels(a, s.stage.sigma[block], v))
+        a.call(**{f"z_{k}": states[-1]})
         spread(states[-1], s.W, block, [j for j in range(k + 1, len(s.blocks)) if s.kept(s.blocks[j], block)])
     everything, terms = slice(0, len(s.stage.b_y)), [a.reshape(s.b_y, 1, -1, 1, 1)]
     shapes: dict[tuple[range, range], list[int]] = {}
@@ -230,6 +234,7 @@ def _splitting(a: Author, frame: Columns, s: _Stage) -> _Written:
     X, W = frame.lift(s.x), frame.operator(s.W)
     u = a("Add", a("MatMul", frame.operator(s.U), X), frame.constant(s.b_z))
     A = a("Sub", a("Mul", frame.identity(n), a.real(1.0 + alpha)), a("Mul", W, a.real(alpha)))
+    a.call(u=u, A=A)
     size = a("Abs", A)
     sums = [
         a("ReduceMax", a("ReduceSum", size, a.ints(axis), keepdims=1), a.ints(-1, -2), keepdims=1) for axis in (-1, -2)
@@ -260,6 +265,7 @@ def _sweeps(a: Author, frame: Columns, s: _Stage) -> _Written:
     n = len(s.stage.b_z)
     X, W = frame.lift(s.x), frame.operator(s.W)
     u = a("Add", a("MatMul", frame.operator(s.U), X), frame.constant(s.b_z))
+    a.call(u=u)
     rows = [frame.rows(W, block, n) for block in s.blocks]
 
     def step(loop: Author, body: Columns, old: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -319,6 +325,7 @@ def _loop(
 def _settled(a: Author, frame: Columns, s: _Stage, W: ir.Value, u: ir.Value, z: ir.Value) -> _Written:
     """The output for states z, its residual evaluated afresh, and whether that is within tolerance."""
     Wz = a("MatMul", W, z)
+    a.call(z=z, Wz=Wz)
     residual = frame.norm(a("Sub", z, frame.activate(s.stage.sigma, a("Add", Wz, u))))
     scale = a.total([frame.norm(z), frame.norm(u), frame.norm(Wz)])
     small = a("LessOrEqual", residual, a("Mul", scale, a.real(s.plan.how.tolerance)))

@@ -238,7 +238,8 @@ def _written(stored: Stored, net: Network, where: str) -> Claim:
     other = [name for name, (given, expected) in parts.items() if list(given) != list(expected)]
     nodes = len(graph.graph.node) + sum(len(function.node) for function in graph.functions)
     if not other:
-        return _claim(what, where, True, f"{nodes} nodes, {len(graph.functions)} functions")
+        count = len(graph.functions)
+        return _claim(what, where, True, f"{nodes} nodes, {count} function{'' if count == 1 else 's'}")
     found = f"{', '.join(other)} differ"
     if manifest.versions != (here := checkpoint.writers()):
         # another version may write another graph that computes the same: it has to be checked, or written, by that

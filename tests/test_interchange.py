@@ -77,6 +77,7 @@ class TestExplicit:
             lc.Normalize([0.1, 0.2], [0.5, 0.6]),
             SLLConv2d(2, 3),
             lc.MeanPool(2),
+            SLLConv2d(2, 2),
             nn.Flatten(),
             SLLLinear(8),
             lc.FirstFeatures(3),
