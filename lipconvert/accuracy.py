@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import MaxMin, is_activation
+from .activations import MaxMin, activation_of, is_activation
 from .bounds import Bounds, metrics
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
@@ -39,6 +39,9 @@ from .state_map import StateMap
 
 # Glue that only moves numbers, or compares them.
 EXACT = (PadChannels, FirstFeatures, MaxMin, nn.Flatten, nn.Unflatten, nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle)
+
+# σ written with sums whose terms do not vanish with the argument.
+ABSOLUTE = ("elu", "softplus", "sigmoid")
 
 # ulps of a library's tanh, exp or log1p, and of what is done with it.
 ELEMENTARY = 8.0
@@ -125,6 +128,7 @@ class _Sums:
     eta: float  # of one transform
     elementary: float  # of σ
     absolute: float  # of σ, in l2
+    under: float  # what numbers that vanish may add up to, in l2
     tolerance: float  # of an iterative solver, 0 for substitution, which is exact but for
     skipped: float  # ‖W − T‖, what it leaves out
     pixels: bool
@@ -172,6 +176,9 @@ class Accuracy:
         for k, (step, stage) in enumerate(zip(net.steps, bounds.stages, strict=True)):
             if isinstance(step, LBEN) and stage.proved is not None:
                 self._constants[k] = stage.proved
+            if not 1e-20 < self._constants[k] < 1e20:
+                reason = f"its constant is {self._constants[k]:g}: what overflows or vanishes on the way is not bounded"
+                raise NoCertificateError(stage.name, f"{reason}. Usual cause: a std of Normalize far from 1")
         self._functionals, self._readout = bounds.functionals, bounds.readout_rows()
         last = max((k for k, step in enumerate(net.steps) if isinstance(step, LBEN)), default=-1)
         # |c_i| + |c_j| (m, [F,] q) and ‖c_i − c_j‖ (m,), c the logits as functionals of the last stage's output
@@ -225,11 +232,13 @@ class Accuracy:
         assert isinstance(step, LBEN)
         options, map = (SolverOptions(), stage.map) if double else (step.options, step.state_map())
         device = map.W.device
-        u = unit_roundoff(torch.float64 if double else step.b_z.dtype, device)
-        tolerance = options.tolerance or TOLERANCE[torch.float64 if double else step.b_z.dtype]
+        dtype = torch.float64 if double else step.b_z.dtype
+        u, tolerance = unit_roundoff(dtype, device), options.tolerance or TOLERANCE[dtype]
         key = (k, options.method, tolerance, u, device)
         if key not in self._sums:
-            self._sums[key] = self._rounding(stage, _own(stage, map, options.method, tolerance, u), u, device)
+            self._sums[key] = self._rounding(
+                stage, _own(stage, map, options.method, tolerance, u), u, device, torch.finfo(dtype).tiny
+            )
         return self._sums[key]
 
     def _pairs(self, E: Enclosure, P: Tensor, mu: float) -> _PairMetric | None:
@@ -241,8 +250,11 @@ class Accuracy:
         slip = _rows_norm(E.grid, (rows.abs() + radius) / P.sqrt())
         return _PairMetric(residual=(size + (gain / (2.0 * mu)).sqrt()) * SLACK, slip=slip)
 
-    def _rounding(self, stage: _Stage, road: Road, u: float, device: torch.device) -> _Sums:
+    def _rounding(self, stage: _Stage, road: Road, u: float, device: torch.device, tiny: float) -> _Sums:
+        """``tiny``: the smallest normal number of the dtype that runs."""
         dae, E = stage.dae, stage.enclosure
+        # A norm does not see what has squares below the smallest number; products that underflow are far less.
+        under = (dae.states * dae.grid.pixels * tiny) ** 0.5
         grid, eta = dae.grid, road.eta
         kappa = [
             torch.tensor([gamma(k, u) for k in count.tolist()], dtype=torch.float64).clamp(max=1e300)
@@ -281,7 +293,8 @@ class Accuracy:
             outputs=float(outputs.amax()) if len(outputs) else 0.0,
             eta=eta,
             elementary=0.0 if all(a.name in ("identity", "relu") for a, _ in dae.sigma) else ELEMENTARY * u,
-            absolute=road.absolute,
+            absolute=road.absolute + under,
+            under=under,
             tolerance=road.tolerance * (1.0 + 1e-2),
             skipped=road.skipped,
             pixels=road.pixels,
@@ -314,7 +327,7 @@ class Accuracy:
             if double:
                 x = x.to("cpu", torch.float64)
             sums = {k: self._sums_of(k, double) for k in self._stages}
-            return self._walk(x, sums, unit_roundoff(x.dtype, x.device), double)
+            return self._walk(x, sums, unit_roundoff(x.dtype, x.device), torch.finfo(x.dtype).tiny, double)
 
     def everywhere(self, roads: Mapping[int, Road]) -> tuple[Tensor, Tensor | None]:
         """(error (2,), pair_error (m, 2)) at any input x, affine in ‖x‖, of the network run by other roads in its dtype.
@@ -336,13 +349,13 @@ class Accuracy:
                 tolerance=max(road.tolerance, loop),
                 skipped=max(road.skipped, 0.0 if loop else stage.map.remainder),
             )
-            sums[k] = self._rounding(stage, worst, u, cpu)
+            sums[k] = self._rounding(stage, worst, u, cpu, torch.finfo(self.net.dtype).tiny)
         with torch.no_grad():
             zero = torch.zeros(1, *self.net.input_shape, dtype=torch.float64)
-            found = self._walk(zero, sums, u, double=True)
+            found = self._walk(zero, sums, u, torch.finfo(self.net.dtype).tiny, double=True)
         return found.error[0], None if found.pair_error is None else found.pair_error[0]
 
-    def _walk(self, x: Tensor, all_sums: Mapping[int, _Sums], u: float, double: bool) -> Evaluation:
+    def _walk(self, x: Tensor, all_sums: Mapping[int, _Sums], u: float, tiny: float, double: bool) -> Evaluation:
         """All steps in order, with what each adds to the bounds."""
         net = self.net
         error = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
@@ -367,7 +380,7 @@ class Accuracy:
             else:
                 step = copy.deepcopy(step).cpu().double() if double else step
                 y = step(x)
-                local = self._glue(step, L, x, largest, u)
+                local = self._glue(step, L, x, largest, u, tiny)
                 if pairs is not None:
                     behind = math.prod(self._constants[k + 1 :])
                     pairs = pairs + 2.0**0.5 * behind * local.unsqueeze(1)
@@ -405,15 +418,13 @@ class Accuracy:
         size_y = torch.linalg.vector_norm(_channel_norms(grid, y), dim=-1)
         terms_y = _with_constant(grid, grid.apply(sums.G, zs), sums.b_y)
         rounded_y = torch.linalg.vector_norm(_channel_norms(grid, terms_y), dim=-1)
-        # A norm in the dtype in use does not see what has squares below its smallest number.
-        under = (z.shape[1] * grid.pixels * torch.finfo(z.dtype).tiny) ** 0.5
         flat = _affine(torch.linalg.vector_norm(_channel_norms(grid, zs), dim=-1))
         moved_x = distance + 2.0 * sums.eta * largest  # of its coordinates, as they are computed
         by_z, by_x, by_1 = sums.scale
         tail = sums.tolerance + sums.elementary
         # σ's values are transformed once: ‖z′ − s′‖ ≤ tail·scale + η‖s′‖, ‖s′‖ ≤ ‖z′‖ + ‖z′ − s′‖
         per_z = (tail * by_z + sums.eta) / (1.0 - sums.eta)  # of the slip, per ‖z′‖
-        slip = _plus(tail * by_x * largest, tail * by_1 + under + sums.absolute) / (1.0 - sums.eta)
+        slip = _plus(tail * by_x * largest, tail * by_1 + sums.absolute) / (1.0 - sums.eta)
         outputs, functionals = [], []
         for m, growth in zip(found, sums.growth, strict=True):
             # e bounds ‖D(z′ − z*(x′))‖, so ‖D(z′ − z)‖ is at most K·distance + 2e. The residual |d|_P and the slip ‖z′ − s′‖
@@ -432,7 +443,7 @@ class Accuracy:
             moved, size = moved + 2.0 * e, size + (2.0 / least) * e
             residual = (d + growth.states * moved + d_z * size) * SLACK
             slipped = most * (slip + per_z * size) * SLACK
-            rounded = (_affine(rounded_y) + growth.outputs * moved) * SLACK
+            rounded = _plus((_affine(rounded_y) + growth.outputs * moved) * SLACK, sums.under)
             # the transform to pixels, of what was rounded
             back = sums.eta * ((1.0 + sums.outputs) * (_affine(size_y) + growth.size * moved) + rounded) * SLACK
             outputs.append((m.G / m.mu) * residual + m.G * slipped + rounded + back)
@@ -442,6 +453,7 @@ class Accuracy:
                     + _outer(q.slip, slipped)
                     + _affine(self._paired(grid, terms_y, sums.pixels))
                     + _outer(growth.pairs, moved)
+                    + _outer(self._carried, _affine(torch.full_like(rounded_y, sums.under)))
                     + _outer(self._carried, back)
                 )
         if not outputs:
@@ -455,24 +467,27 @@ class Accuracy:
             return terms @ both.mT * SLACK
         return torch.einsum("bqf,f,mfq->bm", terms, grid.weights(terms), both) * SLACK
 
-    def _glue(self, step: nn.Module, L: float, x: Tensor, largest: Tensor, u: float) -> Tensor:
-        """The rounding of glue, (B, 2)."""
+    def _glue(self, step: nn.Module, L: float, x: Tensor, largest: Tensor, u: float, tiny: float) -> Tensor:
+        """The rounding of glue, (B, 2); ``tiny``: the smallest normal number, below which digits are lost."""
         if type(step) in EXACT:
             return torch.zeros_like(largest)
         numel = math.prod(x.shape[1:])
+        jump = 0.0
         if isinstance(step, Normalize):
             count, constant = 4, float(step.mean.double().abs().max()) * numel**0.5
         elif is_activation(step):
             count, constant = int(ELEMENTARY), float(step(x.new_zeros(1)).abs()) * numel**0.5
+            if activation_of(step).name in ABSOLUTE:  # graphs have exp(v) − 1, and errors of size u near 0
+                constant = max(constant, numel**0.5)
             if isinstance(step, nn.Softplus):  # torch's jumps where it becomes linear
                 jump = math.exp(-step.threshold) / step.beta * numel**0.5 * SLACK
-                return _plus(gamma(count, u) * L * _plus(largest, constant) * SLACK, jump)
         else:
             # windows, or a third party's own: sums of no more terms than there are entries
             count = 8 + (_window(step) if type(step) in (MeanPool, nn.AvgPool2d) else numel)
             zero = step(x.new_zeros(1, *x.shape[1:]))
             constant = float(_norm(zero)) / L
-        return gamma(count, u) * L * _plus(largest, constant) * SLACK
+        rounded = gamma(count, u) * L * _plus(largest, constant) * SLACK
+        return _plus(rounded, jump + count * numel**0.5 * tiny)
 
 
 def _own(stage: _Stage, map: StateMap, method: str, tolerance: float, u: float) -> Road:

@@ -23,7 +23,7 @@ from onnx import StringStringEntryProto
 from torch import Tensor, nn
 
 from .activations import Activations, activation_module, activation_of, is_activation
-from .bounds import class_pairs, metrics
+from .bounds import class_pairs, metrics, output_shape
 from .certify import Certifier
 from .container import DATA, GRAPH, MANIFEST, Header, entry_of, read, recover, write_data, write_graph
 from .errors import CheckpointError, LipconvertError, NoCertificateError
@@ -75,7 +75,8 @@ def save(
     radius is asked for.
 
     Raises `CheckpointError` for another suffix, a dtype that is not float32 or float64, glue that cannot be rebuilt from
-    numbers, and for an equilibrium that no graph solves; `NoCertificateError` where there is no radius.
+    numbers, NaN, a number of class names that is not that of the outputs, a ``certifier`` of another network, and an
+    equilibrium that no graph solves; `NoCertificateError` where there is no radius, or the network has changed since.
     """
     target = Path(path)
     if target.suffix not in (GRAPH, DATA):
@@ -94,6 +95,15 @@ def save(
     for output in outputs:
         if output not in (RESIDUAL, RADIUS):
             raise CheckpointError(str(target), "outputs", f"{output!r} is none of {RESIDUAL!r}, {RADIUS!r}")
+    if certifier is not None and certifier.net is not net:
+        raise CheckpointError(
+            str(target), "certifier", "it is that of another network: what it proved is not of this one"
+        )
+    if certifier is not None:
+        certifier.accuracy.require_unchanged()
+    count = math.prod(output_shapes(net)[-1])
+    if net.class_names and len(net.class_names) != count:
+        raise CheckpointError(str(target), "class_names", f"there are {len(net.class_names)}, and {count} outputs")
     if RADIUS in outputs and certifier is None:
         certifier = Certifier(net)
     manifest, tensors, plans = _described(net, str(target), with_graph, prove, certifier)
@@ -118,6 +128,14 @@ def save(
         write_graph(partial_graph, graph_of(net, plans, held, outputs, manifest, inline))
 
 
+def output_shapes(net: Network) -> list[tuple[int, ...]]:
+    """The shape of one sample before each step, and behind the last."""
+    shapes = [net.input_shape]
+    for step in net.steps:
+        shapes.append(output_shape(step, shapes[-1]))
+    return shapes
+
+
 def _described(
     net: Network, path: str, with_graph: bool, prove: bool, certifier: Certifier | None
 ) -> tuple[Manifest, dict[str, Tensor], dict[int, Plan]]:
@@ -125,6 +143,10 @@ def _described(
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in net.state_dict().items() if isinstance(value, Tensor)
     }
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            reason = "it holds NaN or infinity: training has diverged, usually. Go back to an earlier state"
+            raise CheckpointError(path, f"tensor {name!r}", reason)
     entries: list[StageEntry | GlueEntry] = []
     plans: dict[int, Plan] = {}
     for k, step in enumerate(net.steps):
@@ -166,7 +188,6 @@ def errors_of(certifier: Certifier, plans: Mapping[int, Plan]) -> Tensor:
 
     Raises `NoCertificateError` where there is no finite bound.
     """
-    certifier.accuracy.require_unchanged()
     error, pair_error = certifier.accuracy.everywhere({k: road(chosen) for k, chosen in plans.items()})
     pairs = certifier.bounds[-1].pairs
     assert pairs is not None

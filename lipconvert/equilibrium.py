@@ -135,6 +135,7 @@ def solve(
         u = u.detach()
         solution = _dispatch(map, _in_coordinates(map.grid, sigma), u, options, tolerance, consume)
     if options.throw and not bool(solution.converged.all()):
+        require_finite(map.W, f"W of {where}")
         require_finite(u, f"the input Ux + b_z of {where}")
         raise NotConvergedError(solution, tolerance, where)
     return solution

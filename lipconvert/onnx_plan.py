@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .accuracy import ELEMENTARY, Road
+from .accuracy import ABSOLUTE, ELEMENTARY, Road
 from .equilibrium import SolverOptions, solve
 from .errors import CheckpointError, NotPSDError
 from .lben import LBEN
@@ -22,9 +22,6 @@ from .rounding import SLACK, gamma, norm_bound, operations, unit_roundoff
 from .schema import GraphEntry, GraphMethod
 from .spectrum import Grid, spectral_norm
 from .state_map import StateMap
-
-# σ written with sums whose terms do not vanish with the argument.
-ABSOLUTE = ("elu", "softplus", "sigmoid")
 
 # Methods without a loop.
 STRAIGHT: tuple[GraphMethod, ...] = ("substitution", "convolutions")
@@ -62,8 +59,20 @@ class Plan:
 
     @cached_property
     def kept(self) -> Tensor:
-        """(n, n) bool: the entries of W that the graph reads."""
-        return self.map.below if self.how.method in STRAIGHT else torch.ones_like(self.map.below)
+        """(n, n) bool: the entries of W that the graph reads, whole blocks: all in a loop; by substitution those from the
+        first to the last block that is read, by convolutions each block that is."""
+        below = self.map.below
+        if self.how.method not in STRAIGHT:
+            return torch.ones_like(below)
+        kept = torch.zeros_like(below)
+        parts = slices(self.stage.blocks)
+        for block in parts:
+            read = [other for other in parts if bool(below[block, other].any())]
+            if read and self.how.method == "substitution":
+                read = [slice(read[0].start, read[-1].stop)]
+            for other in read:
+                kept[block, other] = True
+        return kept
 
 
 def plan(stage: LBEN, name: str, W: Tensor, origin: tuple[int, int]) -> Plan:

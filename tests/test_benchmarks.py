@@ -21,7 +21,7 @@ from torch import nn
 import lipconvert as lc
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("measure", "against_reference", "certificates", "forward", "public_weights", "scaling")
+NAMES = ("measure", "against_reference", "certificates", "checkpoints", "forward", "public_weights", "scaling")
 
 # What the paper's code promises to against_reference: two classes, one configuration, a state dict of these names.
 STAND_IN = """
@@ -417,3 +417,23 @@ def test_a_floor_from_below(benchmark_module):
     assert AtLeast("x", None, 1.0).passed
     assert not AtLeast("x", 0.5, 1.0).passed
     assert str(AtLeast("x", 0.5, 1.0)) == "x: 0.5, at least 1"
+
+
+def test_checkpoints_of_two_networks(benchmark_module, tmp_path, monkeypatch, capsys):
+    """The figures are of the files it wrote, and a floor that is missed is said."""
+    bench = benchmark_module("checkpoints")
+    found = [pair for pair in bench.networks(quick=True) if pair[0] in ("aol", "mondeq")]
+    monkeypatch.setattr(bench, "networks", lambda quick: found)
+    assert bench.main(["--quick", "--json", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["network"] for row in rows] == ["aol", "aol", "aol, moved", "aol, moved"] + ["mondeq"] * 2 + [
+        "mondeq, moved"
+    ] * 2
+    assert [row["methods"] for row in rows[:3]] == ["substitution", "substitution", "sweeps"]
+    assert all(
+        row["passed"] and 0.0 < row["agreement"] < 1e-5 and row["to_parameters"] > row["to_stored"] > 1.0
+        for row in rows
+    )
+    monkeypatch.setattr(bench, "agreement", lambda net, path: 1.0)
+    assert bench.main(["--quick"]) == 1
+    assert "missed" in capsys.readouterr().out

@@ -622,7 +622,7 @@ def test_as_a_program_in_an_empty_folder(tmp_path):
 class TestCheckpoints:
     def test_export_verify_and_info(self, tmp_path):
         said = run(
-            "export", "my_models:flat", "--out", "a/net.onnx", "--output", "radius", "--class-names", "a, b"
+            "export", "my_models:flat", "--out", "a/net.onnx", "--output", "radius", "--class-names", "a, b,2,3,4,5,6,7,8,9"
         ).stdout
         assert "wrote" in said
         assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["net.onnx", "net.safetensors"]
@@ -635,11 +635,12 @@ class TestCheckpoints:
         for name in ("a/net.onnx", "a/net.safetensors"):
             shown = run("info", name).stdout
             assert all(
-                word in shown for word in ("proved L", "substitution", "SLLNetwork", "sll (lipconvert", "classes: a, b")
+                word in shown
+                for word in ("proved L", "substitution", "SLLNetwork", "sll (lipconvert", "classes: a, b, 2")
             )
         info = as_json("info", "a/net.onnx")
         assert info["bound"]["method"] == "tightened"
-        assert info["class_names"] == ["a", "b"]
+        assert info["class_names"] == ["a", "b", *"23456789"]
         assert info["pairs"][0] <= info["pairs"][1] <= 2**0.5 * (1 + 1e-5)
         assert "certified accuracy" in run("certify", "a/net.onnx", "--data", "digits", "--limit", "5").stdout
 

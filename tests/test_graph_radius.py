@@ -5,6 +5,7 @@ import dataclasses
 import onnxruntime
 import pytest
 import torch
+from lipconvert_plugins.aol import AOLNetwork
 from torch import nn
 
 import lipconvert as lc
@@ -89,7 +90,7 @@ def test_all_methods_are_tried():
     assert found == METHODS
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
+@pytest.mark.parametrize("scale", [1e-42, 1e-3, 1.0, 1e2])
 def test_outputs_are_within_the_error_bound(saved, dtype, scale):
     net, certifier, path = saved
     generator = torch.Generator().manual_seed(2)
@@ -152,6 +153,28 @@ def test_what_has_no_answer_has_no_radius(saved, dtype):
     alone, _, own = run(path, x[:1])
     torch.testing.assert_close(alone, logits[:1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(own, radius[:1], rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_is_certified_where_numbers_vanish(tmp_path):
+    """Among numbers of 1e-43 float32 has one digit: differences of logits say nothing."""
+    torch.manual_seed(0)
+    net = lc.convert(AOLNetwork(inputs=6, classes=3, features=8, dense_depth=1), check=False).float()
+    with torch.no_grad():
+        for stage in net.stages:
+            stage.b_z.zero_()
+            stage.b_y.zero_()
+    lc.save(net, tmp_path / "net.onnx", outputs=OUTPUTS)
+    x = (1e-43 * torch.rand(200, 6)).float()
+    assert not bool(run(tmp_path / "net.onnx", x)[2].any())
+    assert not bool((lc.certified_radii(net, x, torch.zeros(200, dtype=torch.long)) > 0).any())
+
+
+def test_normalisation_out_of_range_has_no_certificate(tmp_path):
+    model = nn.Sequential(lc.Normalize(0.0, 1e38), AOLNetwork(inputs=6, classes=3))
+    net = lc.convert(model, (6,), check=False).float()
+    with pytest.raises(lc.NoCertificateError, match="std of Normalize"):
+        lc.save(net, tmp_path / "net.onnx", outputs=OUTPUTS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_equal_logits_have_no_radius(tmp_path):
@@ -220,8 +243,30 @@ def test_a_radius_needs_logits_and_proofs(tmp_path):
         other.stages[0].V.mul_(1.01)
     with pytest.raises(lc.NoCertificateError, match="changed"):
         lc.save(other, tmp_path / "net.onnx", outputs=("radius",), certifier=certifier)
+    with pytest.raises(lc.CheckpointError, match="another network"):
+        lc.save(lc.convert(lc.registry().example_models("aol", 0)[0]), tmp_path / "net.onnx", certifier=certifier)
     assert list(tmp_path.iterdir()) == []
     assert Bounds(other).classes is not None
+
+
+def test_class_names_are_as_many_as_classes(tmp_path):
+    net = lc.convert(AOLNetwork(inputs=6, classes=3), check=False)
+    net.class_names = ("a", "b")
+    with pytest.raises(lc.CheckpointError, match="there are 2, and 3 outputs"):
+        lc.save(net, tmp_path / "net.onnx")
+    net.class_names = ("a", "b", "c")
+    lc.save(net, tmp_path / "net.onnx")
+    assert lc.load(tmp_path / "net.onnx").class_names == ("a", "b", "c")
+
+
+def test_weights_that_are_no_numbers_are_not_written(tmp_path):
+    net = lc.convert(AOLNetwork(inputs=6, classes=3), check=False)
+    with torch.no_grad():
+        net.stages[0].V[0, 0] = float("nan")
+    for name in ("net.onnx", "net.safetensors"):
+        with pytest.raises(lc.CheckpointError, match=r"steps\.0\.V.*NaN"):
+            lc.save(net, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.999])
