@@ -63,6 +63,14 @@ class Author:
         """A constant in the dtype of the graph."""
         return self.constant(np.asarray(values, dtype=self.numpy))
 
+    def times(self, x: ir.Value, factor: float) -> ir.Value:
+        """x times a constant. onnxruntime drops a factor that is 1 in float32, also where it is another number in float64."""
+        if factor == 1.0:
+            return x
+        if np.float32(factor) == 1.0:
+            return self("Add", x, self("Mul", x, self.real(factor - 1.0)))
+        return self("Mul", x, self.real(factor))
+
     def ints(self, *values: int) -> ir.Value:
         """A constant list of integers."""
         return self.constant(np.asarray(values, dtype=np.int64))
@@ -104,10 +112,10 @@ class Author:
                 return self._leaky(v, a)
             case "elu":  # exp where it is not taken may overflow, and is not taken
                 below = self("Sub", self("Exp", self("Min", v, self.real(0.0))), self.real(1.0))
-                return self("Where", self("Greater", v, self.real(0.0)), v, self("Mul", below, self.real(a)))
+                return self("Where", self("Greater", v, self.real(0.0)), v, self.times(below, a))
             case "softplus":  # max(v, 0) + log(1 + exp(−|av|))/a
-                small = self("Exp", self("Neg", self("Abs", self("Mul", v, self.real(a)))))
-                tail = self("Div", self("Log", self("Add", small, self.real(1.0))), self.real(a))
+                small = self("Exp", self("Neg", self("Abs", self.times(v, a))))
+                tail = self.times(self("Log", self("Add", small, self.real(1.0))), 1.0 / a)
                 return self("Add", self("Relu", v), tail)
             case "tanh":
                 return self("Tanh", v)
@@ -123,7 +131,7 @@ class Author:
         return self.activate(activation, v)
 
     def _leaky(self, v: ir.Value, slope: float) -> ir.Value:
-        return self("Max", v, self("Mul", v, self.real(slope)))  # a slope of at most 1
+        return self("Max", v, self.times(v, slope))  # a slope of at most 1
 
 
 def centred(size: int) -> list[int]:
@@ -337,7 +345,7 @@ class Frequencies(Columns):
     def constant(self, b: ir.Value) -> ir.Value:
         """Images that are b (n,) in every pixel: all at frequency 0."""
         a = self.author
-        column = a("Unsqueeze", a("Mul", b, a.real(float(self.h * self.w))), a.ints(1))
+        column = a("Unsqueeze", a.times(b, float(self.h * self.w)), a.ints(1))
         column = a.reshape(a("Pad", column, a.ints(0, 0, 0, 1)), 1, -1, 1)
         return a("Pad", column, a.ints(0, 0, 0, self.h * self.half - 1, 0, 0))
 

@@ -101,7 +101,7 @@ def _substitution(a: Author, frame: Columns, s: _Stage) -> _Written:
         states.append(frame.activate(s.stage.sigma[block], v))
         a.call(**{f"z_{k}": states[-1]})
     y = _readout(a, frame, s, list(zip(s.blocks, states, strict=True)))
-    return _Written(y, lambda: a("Mul", frame.norm(a.concat(states, -2)), a.real(s.plan.how.skipped)))
+    return _Written(y, lambda: a.times(frame.norm(a.concat(states, -2)), s.plan.how.skipped))
 
 
 def _readout(a: Author, frame: Columns, s: _Stage, states: Sequence[tuple[slice, ir.Value]]) -> ir.Value:
@@ -186,7 +186,7 @@ def _convolutions(a: Author, s: _Stage) -> _Written:
 
     def residual() -> ir.Value:
         norm = a("ReduceL2", a.concat(states, 1), a.ints(1, 2, 3), keepdims=0)
-        return a("Mul", norm, a.real(s.plan.how.skipped))
+        return a.times(norm, s.plan.how.skipped)
 
     return _Written(y, residual)
 
@@ -233,7 +233,7 @@ def _splitting(a: Author, frame: Columns, s: _Stage) -> _Written:
     alpha, sigma, n = s.plan.how.alpha, s.stage.sigma, len(s.stage.b_z)
     X, W = frame.lift(s.x), frame.operator(s.W)
     u = a("Add", a("MatMul", frame.operator(s.U), X), frame.constant(s.b_z))
-    A = a("Sub", a("Mul", frame.identity(n), a.real(1.0 + alpha)), a("Mul", W, a.real(alpha)))
+    A = a("Sub", a.times(frame.identity(n), 1.0 + alpha), a.times(W, alpha))
     a.call(u=u, A=A)
     size = a("Abs", A)
     sums = [
@@ -245,13 +245,13 @@ def _splitting(a: Author, frame: Columns, s: _Stage) -> _Written:
         R = a(REFINE, A, R, domain=DOMAIN)
 
     def resolvent(a: Author, t: ir.Value) -> ir.Value:
-        r = a("Add", t, a("Mul", u, a.real(alpha)))
+        r = a("Add", t, a.times(u, alpha))
         z = a("MatMul", R, r)
         return a("Add", z, a("MatMul", R, a("Sub", r, a("MatMul", A, z))))
 
     def step(loop: Author, body: Columns, t: ir.Value) -> tuple[ir.Value, ir.Value]:
         z = resolvent(loop, t)
-        v = loop("Div", loop("Sub", loop("Mul", z, loop.real(1.0 + alpha)), t), loop.real(alpha))
+        v = loop.times(loop("Sub", loop.times(z, 1.0 + alpha), t), 1.0 / alpha)
         residual = body.norm(loop("Sub", z, body.activate(sigma, v)))
         stop = _small(loop, residual, [body.norm(z), body.norm(u)], STOP * s.plan.how.tolerance)
         forth = loop("Sub", body.prox(sigma, loop("Sub", loop("Add", z, z), t), alpha), z)
@@ -279,7 +279,7 @@ def _sweeps(a: Author, frame: Columns, s: _Stage) -> _Written:
                 if part.start < part.stop
             ]
             z = loop.concat([*parts[: block.start > 0], own, *parts[block.start > 0 :]], -2)
-        change = loop("Mul", body.norm(loop("Sub", z, old)), loop.real(s.plan.how.skipped))
+        change = loop.times(body.norm(loop("Sub", z, old)), s.plan.how.skipped)
         return z, _small(loop, change, [body.norm(z), body.norm(u)], STOP * s.plan.how.tolerance)
 
     return _settled(a, frame, s, W, u, _loop(a, frame, s.plan, u, step))
@@ -287,7 +287,7 @@ def _sweeps(a: Author, frame: Columns, s: _Stage) -> _Written:
 
 def _small(a: Author, residual: ir.Value, sizes: Sequence[ir.Value], tolerance: float) -> ir.Value:
     """Whether a residual (B,) is within tolerance, or no longer a number: then it never will be."""
-    return a("Not", a("Greater", residual, a("Mul", a.total(sizes), a.real(tolerance))))
+    return a("Not", a("Greater", residual, a.times(a.total(sizes), tolerance)))
 
 
 def _loop(
@@ -298,7 +298,7 @@ def _loop(
     step: Callable[[Author, Columns, ir.Value], tuple[ir.Value, ir.Value]],
 ) -> ir.Value:
     """What a step (values → next values, whether to stop (B,)) leaves, from 0; samples that have stopped are not changed."""
-    zero = a("Mul", like, a.real(0.0))
+    zero = a.times(like, 0.0)
     none = a("Expand", a.constant(np.asarray(False)), a("Shape", like, start=-1))
     loop = Author(a.dtype, a)
     iteration = ir.Value(name="iteration", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
@@ -328,7 +328,7 @@ def _settled(a: Author, frame: Columns, s: _Stage, W: ir.Value, u: ir.Value, z: 
     a.call(z=z, Wz=Wz)
     residual = frame.norm(a("Sub", z, frame.activate(s.stage.sigma, a("Add", Wz, u))))
     scale = a.total([frame.norm(z), frame.norm(u), frame.norm(Wz)])
-    small = a("LessOrEqual", residual, a("Mul", scale, a.real(s.plan.how.tolerance)))
+    small = a("LessOrEqual", residual, a.times(scale, s.plan.how.tolerance))
     ok = a("And", small, a("Less", residual, a.real(math.inf)))  # norms may overflow, and then say nothing
     return _Written(_readout(a, frame, s, [(slice(0, len(s.stage.b_z)), z)]), lambda: residual, ok)
 
@@ -428,13 +428,13 @@ def _radius_function() -> ir.Function:
     x, y, pairs, errors = (ir.Value(name=name) for name in ("x", "y", "pairs", "errors"))
     z = a("Cast", y, to=ir.DataType.DOUBLE)
     flat = a("Cast", a("Flatten", x, axis=1), to=ir.DataType.DOUBLE)
-    norm = a("Mul", a("ReduceL2", flat, a.ints(1), keepdims=1), a.real(1.0 + 1e-9))  # sums of 10^6 squares round less
+    norm = a.times(a("ReduceL2", flat, a.ints(1), keepdims=1), 1.0 + 1e-9)  # sums of 10^6 squares round less
     top = a("ArgMax", z, axis=1, keepdims=0)
     first, second = (a("Gather", errors, a.constant(np.asarray(k)), axis=0) for k in (0, 1))
     K, at, growth = (a("Gather", table, top, axis=0) for table in (pairs, first, second))
     largest = a("ReduceMax", z, a.ints(1), keepdims=1)
-    rounding = a("Mul", a("Add", a("Abs", largest), a("Abs", z)), a.real(2.0**-50))
-    off = a("Add", a("Mul", a("Add", at, a("Mul", growth, norm)), a.real(2.0)), rounding)
+    rounding = a.times(a("Add", a("Abs", largest), a("Abs", z)), 2.0**-50)
+    off = a("Add", a.times(a("Add", at, a("Mul", growth, norm)), 2.0), rounding)
     left, zero = a("Sub", a("Sub", largest, z), off), a.real(0.0)
     # What is not a number is not greater than 0, and counts as nothing: least values would pass it over.
     radii = a("Where", a("Greater", left, zero), a("Div", left, a("Add", K, growth)), zero)
@@ -444,7 +444,7 @@ def _radius_function() -> ir.Function:
     least = a("ReduceMin", a("Where", own, a.real(FARTHEST), radii), a.ints(1), keepdims=0)
     finite = a("Cast", a("Less", a("Abs", z), a.real(math.inf)), to=ir.DataType.INT32)
     known = a("Cast", a("ReduceMin", finite, a.ints(1), keepdims=0), to=ir.DataType.BOOL)
-    radius = a("Where", known, a("Mul", a("Min", least, a.real(FARTHEST)), a.real(1.0 - 1e-9)), zero)
+    radius = a("Where", known, a.times(a("Min", least, a.real(FARTHEST)), 1.0 - 1e-9), zero)
     doc = (
         "The l2 radius within which no input gets another class from this graph: the least (y_i - y_j - 2(a + b|x|))/(K + b) "
         "over j, K = pairs_ij proved, (a, b) = errors_ij bounds of solver and rounding (IEEE sums in any order)."
@@ -462,8 +462,10 @@ def glue(
         return x
     if isinstance(step, Normalize):
         each = (1, -1, *[1] * (len(shape) - 1))
-        mean, std = (a.reshape(buffers(name), *each) for name in ("mean", "std"))
-        return a("Div", a("Sub", x, mean), std)
+        shifted = a("Sub", x, a.reshape(buffers("mean"), *each))
+        if step.std.numel() == 1 and np.float32(step.std.item()) == 1.0:  # see `Author.times`
+            return a.times(shifted, 1.0 / step.std.item())
+        return a("Div", shifted, a.reshape(buffers("std"), *each))
     if isinstance(step, PadChannels):
         missing = step.channels - shape[0]
         return a("Pad", x, a.ints(*[0] * (len(shape) + 2), missing, *[0] * (len(shape) - 1))) if missing else x
@@ -484,7 +486,7 @@ def glue(
         if (h_out * kh, w_out * kw) != (h, w):  # torch leaves out what does not fill a window
             x = a.part(a.part(x, slice(0, h_out * kh), 2), slice(0, w_out * kw), 3)
         windows = a("ReduceSum", a.reshape(x, 0, c, h_out, kh, w_out, kw), a.ints(3, 5), keepdims=0)
-        return a("Div", windows, a.real(float(divisor)))
+        return a.times(windows, 1.0 / divisor)
     if isinstance(step, nn.PixelUnshuffle):
         c, h, w = shape
         r = step.downscale_factor

@@ -17,13 +17,16 @@ from .errors import WeightsError
 from .registry import registry
 
 EXTRA = "_extra_state"
+# Under which of these names a training script keeps the state dict, beside its epoch and optimiser.
+NESTS = ("model_state_dict", "state_dict", "model", "backbone")
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The state dict in a ``.safetensors`` file or a torch file opened with ``weights_only=True``.
 
     Entries that hold a module's extra state (plain data) are kept.
-    A nest such as ``{"model_state_dict": ...}`` or ``{"state_dict": ...}`` is opened; prefixes ``module.`` are stripped.
+    A nest such as ``{"model_state_dict": ...}``, ``state_dict``, ``model`` or ``backbone`` is opened; prefixes ``module.``
+    are stripped.
     Raises `WeightsError` for a file that is missing, is not a weights file, or would have to run code to be read.
     """
     name = str(path)
@@ -59,7 +62,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
                 f"it is not a file of plain weights ({type(error).__name__} while reading it). Files that would have to run "
                 "code to be read are not opened: save a state_dict, or safetensors.",
             ) from error
-    for nest in ("model_state_dict", "state_dict", "model"):
+    for nest in NESTS:
         if isinstance(found, Mapping) and isinstance(found.get(nest), Mapping):
             found = found[nest]
             break

@@ -622,7 +622,14 @@ def test_as_a_program_in_an_empty_folder(tmp_path):
 class TestCheckpoints:
     def test_export_verify_and_info(self, tmp_path):
         said = run(
-            "export", "my_models:flat", "--out", "a/net.onnx", "--output", "radius", "--class-names", "a, b,2,3,4,5,6,7,8,9"
+            "export",
+            "my_models:flat",
+            "--out",
+            "a/net.onnx",
+            "--output",
+            "radius",
+            "--class-names",
+            "a, b,2,3,4,5,6,7,8,9",
         ).stdout
         assert "wrote" in said
         assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["net.onnx", "net.safetensors"]

@@ -177,6 +177,25 @@ def test_normalisation_out_of_range_has_no_certificate(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_factors_next_to_one_are_not_dropped(tmp_path, seed):
+    """onnxruntime drops factors that are 1 in float32: steps α, slopes and standard deviations in float64 are others."""
+    torch.manual_seed(seed)
+    near = 1.0 - 5e-9
+    layers = AOLNetwork(inputs=6, classes=3, features=8, dense_depth=1, activation=nn.LeakyReLU(near))
+    net = lc.convert(nn.Sequential(lc.Normalize(0.3, 1.0), layers).double(), (6,), check=False).float().double()
+    with torch.no_grad():
+        net.steps[0].std.fill_(1.0 + 3e-9)
+        net.stages[0].b_z.add_(torch.randn(net.stages[0].b_z.shape, dtype=torch.float64))
+    lc.save(net, tmp_path / "net.onnx", outputs=OUTPUTS)
+    x = torch.randn(20, 6, dtype=torch.float64)
+    logits, residual, _ = run(tmp_path / "net.onnx", x)
+    with torch.no_grad():
+        expected = net(x)
+    assert float((logits - expected).abs().max()) < 1e-11
+    assert float(residual.max()) < 1e-11
+
+
 def test_equal_logits_have_no_radius(tmp_path):
     linear = nn.Linear(3, 3, bias=False).double()
     with torch.no_grad():

@@ -17,6 +17,7 @@ from lipconvert import (
     ShapeError,
     SolverOptions,
     StateMap,
+    WeightsError,
     activation_module,
     activation_of,
     equilibrium,
@@ -26,6 +27,7 @@ from lipconvert import (
 )
 
 from ._convolution import image_of, kernel_shape
+from ._layouts import FILE, require_shape, unwrapped
 
 DENSE = Grid()
 
@@ -254,20 +256,35 @@ def monotone_from_state_dict(
     state_dict: Mapping[str, Tensor],
     options: Mapping[str, Any],
 ) -> nn.Module | None:
-    """A model from the public layout U, A, B (and Wout), with ``extra`` keys; None if it is another one."""
-    prefix = next((key.removesuffix("A.weight") for key in state_dict if key.endswith("A.weight")), None)
-    if prefix is None:
-        return None
+    """A model from the public layout U, A, B (and Wout), with ``extra`` keys; None if it is another one.
+
+    Any m > 0 gives a monotone W, and L is taken from the tensors: nothing in the file can tell that m is wrong.
+    """
     # The public code keeps the equilibrium layer under "mon.linear_module."; the readout stays outside.
-    tensors = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    tensors = unwrapped(state_dict, "A.weight")
+    if "A.weight" not in tensors:
+        return None
+    if {"g", "h", "B.weight"} <= set(tensors):
+        raise WeightsError(
+            FILE,
+            "these are convolutions of the public MonDEQ code (g, h), which sets the border of the states to zero: "
+            "not one activation for each channel, and no circular model",
+        )
     free = {"U.weight", "U.bias", "A.weight", "B.weight"} | extra
-    readout = {"Wout.weight", "Wout.bias"} & set(tensors)
+    readout = {"Wout.weight", "Wout.bias"} if {"Wout.weight", "Wout.bias"} & set(tensors) else set[str]()
     stored = {key for key in tensors if ".parametrizations." in key}
     if stored:
         free = (free - {"U.weight"}) | stored
         readout -= {"Wout.weight"}
-    if set(tensors) != free | readout or len(tensors["A.weight"]) != len(tensors["U.bias"]):
+    missing = (free | readout) - set(tensors)
+    if set(tensors) - free - readout or len(missing) > 1 or missing & extra:
         return None
+    if missing:
+        raise WeightsError(FILE, f"these look like {name} weights, but {missing.pop()!r} is missing")
+    if len(tensors["A.weight"]) != len(tensors["U.bias"]):
+        raise ShapeError(
+            "tensor 'A.weight'", f"{len(tensors['U.bias'])} rows, as U.bias", tuple(tensors["A.weight"].shape)
+        )
     images = tensors["A.weight"].dim() == 4
     arguments: dict[str, Any] = {
         "m": required_option(options, "m", name, "the monotonicity of W = I - Φ(A'A + B' - B + mI)", float),
@@ -286,5 +303,7 @@ def monotone_from_state_dict(
     sizes = (U.shape[1], len(U), len(tensors["Wout.bias"]) if "Wout.bias" in tensors else None)
     kernel = {"kernel_size": (U.shape[2], U.shape[3])} if images else {}
     model = (conv if images else kind)(*sizes, **kernel, **arguments).to(U.dtype)
+    for key, value in model.state_dict().items():
+        require_shape(tensors[key], key, tuple(value.shape))
     model.load_state_dict(tensors)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lipconvert import (
     Grid,
     InvalidParameterError,
     PadChannels,
+    ShapeError,
     activation_module,
     activation_of,
     conv2d_adjoint,
@@ -34,6 +35,19 @@ from ._convolution import (
     require_circular,
     split_layers,
     whole,
+)
+from ._layouts import (
+    Layer,
+    LayerSequence,
+    asked_activation,
+    asked_front,
+    asked_padding,
+    fill,
+    layers_of,
+    require_shape,
+    split_head,
+    tensor,
+    vector,
 )
 
 
@@ -283,3 +297,82 @@ def residual_from_state_dict(
     )
     model.to(weight.dtype).load_state_dict(state_dict)
     return model
+
+
+def residual_from_layers(
+    linear: type[ResidualLinear],
+    conv: type[ResidualConv2d],
+    plugin: str,
+    mark: str,
+    others: set[str],
+    parameters: Callable[[Layer, str, int], Mapping[str, Tensor]],
+    state_dict: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> nn.Module | None:
+    """A network of the public layouts: convolutions, mean pooling, dense layers, the first logits or a normalised head.
+
+    Layers have ``kernel`` (convolutions), ``weights`` or ``weight``, all or none a ``bias``, and ``mark``, by which they are
+    known; ``others`` are names that carry nothing. ``parameters(layer, path, inner)`` gives what a layer has beside weight
+    and bias. None if no layer has the mark.
+    """
+    layers = layers_of(state_dict)
+    layers = {path: layer for path, layer in layers.items() if not path.endswith(".pm")}  # a power iteration's vectors
+    names = {name for layer in layers.values() for name in layer}
+    if mark not in names or names - {"kernel", "weights", "weight", "bias", mark} - others:
+        return None
+    layers, head = split_head(layers)
+    weights = dict[str, Tensor]()
+    for path, layer in layers.items():
+        weights[path] = tensor(layer, path, "kernel", "weights", "weight")
+        tensor(layer, path, mark)
+        if weights[path].dim() not in (2, 4):
+            expected = "(inner, features) or (inner, features, k, k)"
+            raise ShapeError(f"the weight of {path!r}", expected, tuple(weights[path].shape))
+    kernels = {path: weight for path, weight in weights.items() if weight.dim() == 4}
+    dense = {path: weight for path, weight in weights.items() if weight.dim() == 2}
+    biased = any("bias" in layer for layer in layers.values())
+    activation = asked_activation(options, plugin)
+
+    def filled(layer: Residual, path: str) -> nn.Module:
+        values = {"weight": weights[path], **parameters(layers[path], path, layer.inner)}
+        if layer.bias is not None:
+            values["bias"] = vector(layers[path], path, "bias", layer.inner)
+        return fill(layer, values)
+
+    modules: list[nn.Module] = []
+    if kernels:
+        channels = next(iter(kernels.values())).shape[1]
+        front, padding = asked_front(options, plugin, channels, len(kernels))
+        padding_mode = asked_padding(options, plugin)
+        modules += padding
+        for path, kernel in kernels.items():
+            inner, _, kh, kw = kernel.shape
+            require_shape(kernel, path, (inner, channels, kh, kw))
+            if not kh % 2 or not kw % 2:
+                raise ShapeError(
+                    f"the kernel of {path!r}", "an odd size: otherwise the public code is no residual layer", (kh, kw)
+                )
+            layer = conv(channels, inner, (kh, kw), biased, activation(), padding_mode)
+            modules.append(filled(layer, path))
+        modules += [module for _, module in front.joint()]
+        shape, features = front.input_shape, front.features
+    else:
+        features = required_option(options, "inputs", plugin, "size of the flat input before padding", whole)
+        shape = (features,)
+    width = next(iter(dense.values())).shape[1] if dense else features if head is None else head.in_features
+    if width < features or (kernels and width != features):
+        hint = "Other values of image and pool may be meant." if kernels else "Another value of inputs may be meant."
+        raise ShapeError(f"the weight of {next(iter(dense), 'the head')!r}", f"(..., {features})", (..., width), hint)
+    modules += [PadChannels(width)] * (features < width)
+    for path, weight in dense.items():
+        require_shape(weight, path, (len(weight), width))
+        modules.append(filled(linear(width, len(weight), biased, activation()), path))
+    if head is not None:
+        require_shape(head.weight, "the head", (head.out_features, width))
+        modules.append(head)
+    else:
+        classes = required_option(options, "classes", plugin, "number of logits", whole)
+        if classes > width:
+            raise InvalidParameterError("option 'classes'", classes, f"there are {width} features")
+        modules.append(FirstFeatures(classes))
+    return LayerSequence(modules, shape)

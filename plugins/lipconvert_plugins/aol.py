@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,16 @@ from torch.nn import functional
 
 from lipconvert import (
     DAE,
+    FirstFeatures,
     Grid,
     InvalidParameterError,
+    MaxMin,
     MissingOptionError,
+    Normalize,
+    PadChannels,
     PluginInfo,
     ShapeError,
+    WeightsError,
     activation_module,
     affine,
     computes_as,
@@ -34,6 +40,19 @@ from ._convolution import (
     require_circular,
     small_images,
     split_layers,
+    whole,
+)
+from ._layouts import (
+    FILE,
+    LayerSequence,
+    asked_activation,
+    dotted,
+    fill,
+    layers_of,
+    require_shape,
+    tensor,
+    unwrapped,
+    vector,
 )
 
 
@@ -192,9 +211,16 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool) -
 
 @hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
+    """Our own layout, or the dense one of Wang & Manchester's code: ``weights`` and ``bias`` in sequence, the last one
+    linear, √γ before the first and the last (``lipschitz`` = γ; the file cannot tell that it is wrong).
+
+    Its convolutions (``kernel``) divide the output channels, not the input channels: another layer, which is refused.
+    Or the networks of Prach et al.'s comparison, ``FirstConv``, ``BlockN.M`` and ``ClassificationHead.0`` with MaxMin of
+    neighbouring channels; they add 1e-6 to the sums of D, and the outputs differ by about as much.
+    """
     layers = split_layers(state_dict, "aol")
     if layers is None:
-        return None
+        return _compared(state_dict, options) or _from_layers(state_dict, options)
     convolutions, depth = layers
     arguments = front_arguments(state_dict, options, "aol", convolutions)
     kernels = [state_dict[f"conv{k}.weight"].shape for k in range(convolutions)]
@@ -213,6 +239,86 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
     ).to(state_dict["aol0.weight"].dtype)
     model.load_state_dict(state_dict)
     return model
+
+
+def _compared(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
+    """The network of the comparison, None if it is another one; with channels in the order of `MaxMin`, which pairs halves.
+
+    A block drops the second half of its channels before ``PixelUnshuffle``: here the next weight has zeros for them.
+    """
+    tensors = unwrapped(state_dict)
+    layers = layers_of(tensors)
+    blocks = [path for path in layers if re.fullmatch(r"Block\d+\.\d+", path)]
+    if set(layers) != {"FirstConv", *blocks, "ClassificationHead.0"} or not blocks:
+        return None
+    if not all(f"{path}.parametrizations.weight.original" in tensors for path in layers):
+        return None
+    inputs = required_option(options, "in_channels", "aol", "channels of the input", whole)
+    classes = required_option(options, "classes", "aol", "number of logits", whole)
+    modules: list[nn.Module] = []
+    block, width, place = "", 0, torch.arange(0)  # of the layers so far: channels, and where each of the file's stands
+    for path in ("FirstConv", *blocks, "ClassificationHead.0"):
+        weight = tensor(layers[path], path, "weight")
+        if weight.dim() != 4:
+            raise ShapeError(f"tensor {dotted(path, 'weight')!r}", "(out, in, k, k)", tuple(weight.shape))
+        out, before, kh, kw = weight.shape
+        bias = vector(layers[path], path, "bias", out)
+        if path == "FirstConv":
+            require_shape(weight, dotted(path, "weight"), (out, out, kh, kw))
+            if inputs > before:
+                raise InvalidParameterError("option 'in_channels'", inputs, f"the network pads to {before}")
+            modules += [PadChannels(before)] * (inputs < before)
+            width, place = before, torch.arange(before)
+        elif (now := path.split(".")[0]) != block:
+            if block:  # half of the file's channels, and the four pixels of each
+                modules.append(nn.PixelUnshuffle(2))
+                width, place = 4 * width, (4 * place[: len(place) // 2, None] + torch.arange(4)).flatten()
+            block = now
+        require_shape(weight, dotted(path, "weight"), (out, len(place), kh, kw))
+        last = path == "ClassificationHead.0"
+        if out % 2 and not last:
+            raise ShapeError(f"tensor {dotted(path, 'weight')!r}", "an even number of rows, for MaxMin", (out, before))
+        wide = weight.new_zeros(out, width, kh, kw)
+        wide[:, place] = weight
+        order = torch.arange(out) if last else torch.arange(out).reshape(-1, 2).T.flatten()
+        modules.append(fill(AOLConv2d(width, out, (kh, kw)), {"weight": wide[order], "bias": bias[order]}))
+        modules += [] if last else [MaxMin()]
+        width, place = out, order.argsort()
+    if classes > width:
+        raise InvalidParameterError("option 'classes'", classes, f"there are {width} features")
+    # one pixel is left, which the max pooling of its code keeps
+    size = 2 ** len({path.split(".")[0] for path in blocks})
+    return LayerSequence([*modules, nn.Flatten(), FirstFeatures(classes)], (inputs, size, size))
+
+
+def _from_layers(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
+    """A network from the public dense layout, None if it is another one."""
+    layers = layers_of(state_dict)
+    names = {frozenset(layer) for layer in layers.values()}
+    if frozenset({"weights", "bias"}) not in names or names - {
+        frozenset({name, "bias"}) for name in ("weights", "kernel")
+    }:
+        return None
+    if len(names) > 1:
+        path = next(path for path, layer in layers.items() if "kernel" in layer)
+        reason = "is of a convolution whose output channels are divided, not its input channels: that is no AOLConv2d"
+        raise WeightsError(FILE, f"{dotted(path, 'kernel')!r} {reason}")
+    activation = asked_activation(options, "aol")
+    gamma = required_option(options, "lipschitz", "aol", "the constant γ of the network, 1 where there is none", float)
+    if not 0.0 < gamma < float("inf"):
+        raise InvalidParameterError("option 'lipschitz'", gamma, "γ must be positive")
+    modules: list[nn.Module] = []
+    ends, width = (next(iter(layers)), next(reversed(layers))), 0
+    for k, (path, layer) in enumerate(layers.items()):
+        weight = tensor(layer, path, "weights")
+        require_shape(weight, dotted(path, "weights"), (len(weight), width if k else weight.shape[-1]))
+        power = 0.5 * ends.count(path)
+        modules += [Normalize(std=gamma**-power)] * (power > 0.0 and gamma != 1.0)
+        width = len(weight)
+        values = {"weight": weight, "bias": vector(layer, path, "bias", width)}
+        modules.append(fill(AOLLinear(weight.shape[1], width), values))
+        modules += [] if path == ends[1] else [activation()]
+    return LayerSequence(modules, (layers[ends[0]]["weights"].shape[1],))
 
 
 @hookimpl

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from lipconvert import DAE, PluginInfo, computes_as, hookimpl
 
 from ._convolution import small_images
+from ._layouts import Layer, layers_of
 from ._residual import (
     Residual,
     ResidualConv2d,
     ResidualLinear,
     ResidualNetwork,
     residual_dae,
+    residual_from_layers,
     residual_from_state_dict,
 )
 
@@ -59,7 +61,25 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool) -
 
 @hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
-    return residual_from_state_dict(CPLNetwork, state_dict, options)
+    """Our own layout, or the sequences of layers of public code: ``kernel`` or ``weights``, ``bias``, and ``eval_sv_max``
+    (Meunier et al.) or ``u`` (Prach et al.).
+
+    Public layers divide by an estimate of ‖W‖² from a power iteration, with 1e-6 or 1e-4 added; ours by an upper bound. So
+    the outputs differ by as much as the estimate falls short, and ours is the one that is 1-Lipschitz. The estimate is not
+    read. With zero padding the bound is that of circular images larger by a kernel: the difference may then be percents.
+    """
+    own = residual_from_state_dict(CPLNetwork, state_dict, options)
+    if own is not None:
+        return own
+    layers = layers_of(state_dict).values()
+    mark = "eval_sv_max" if any("eval_sv_max" in layer for layer in layers) else "u"
+    if mark == "u" and any(not {"kernel", "weights", "weight"} & set(layer) for layer in layers):
+        return None
+
+    def nothing(layer: Layer, path: str, inner: int) -> dict[str, Tensor]:
+        return {}
+
+    return residual_from_layers(CPLLinear, CPLConv2d, "cpl", mark, {"alpha"}, nothing, state_dict, options)
 
 
 @hookimpl

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lipconvert import DAE, PluginInfo, computes_as, hookimpl
 
+from ._layouts import diagonal_of, log_of, require_shape, unwrapped
 from ._monotone import Monotone, MonotoneDEQ, MonotoneDEQConv2d, monotone_dae, monotone_from_state_dict
 
 
@@ -40,6 +41,20 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None) -> DAE | None:
 
 @hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
+    """Our own layout, or that of Revay et al.'s models without γ (``ode_*.params``): ``U``, ``Wout``, ``V`` = A, ``S`` = B,
+    and ``psi`` = log Φ or, older, ``Lambda`` = Φ itself.
+
+    Any m > 0 gives a monotone W: a wrong one is another network, which nothing in the file can tell.
+    """
+    public = unwrapped(state_dict, "V.weight")
+    names = {"U.weight", "U.bias", "V.weight", "S.weight", *({"Wout.weight", "Wout.bias"} & set(public))}
+    if diagonal := diagonal_of(public, names, "g_mondeq"):
+        states = public[diagonal].numel()
+        for name in ("V.weight", "S.weight"):
+            require_shape(public[name], name, (states, states))
+        renamed = {"V.weight": "A.weight", "S.weight": "B.weight", diagonal: "log_phi"}
+        state_dict = {renamed.get(name, name): value for name, value in public.items()}
+        state_dict["log_phi"] = public["psi"] if diagonal == "psi" else log_of(public, "Lambda")
     return monotone_from_state_dict(GMonDEQ, GMonDEQConv2d, "g_mondeq", {"log_phi"}, state_dict, options)
 
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lipconvert import DAE, LBEN, PluginInfo, computes_as, hookimpl, required_option
 
+from ._layouts import diagonal_of, log_of, require_shape, unwrapped
+
 KEYS = {"log_psi", "G", "U", "V", "S", "b_z", "b_y"}
-PUBLIC = {"psi", "B.weight", "B.bias", "V.weight", "S.weight", "G.weight", "G.bias"}
+PUBLIC = {"B.weight", "B.bias", "V.weight", "S.weight", "G.weight", "G.bias"}
 
 
 @hookimpl
@@ -22,31 +24,47 @@ def to_dae(model: nn.Module) -> DAE | None:
 
 @hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
-    """Our own layout, or that of Revay et al.'s code: ``psi`` = log Ψ, ``B`` = (U, b_z), ``V``, ``S``, ``G`` = (G, b_y)."""
-    prefix = next((key.removesuffix("psi") for key in state_dict if key.endswith("psi")), None)
-    if prefix is not None and {key.removeprefix(prefix) for key in state_dict} == PUBLIC:
-        state_dict = _from_public({key.removeprefix(prefix): value for key, value in state_dict.items()})
-    if not KEYS <= set(state_dict) <= KEYS | {"_extra_state"}:
+    """Our own layout, or those of Revay et al.'s code: ``B`` = (U, b_z), ``V``, ``S``, ``G`` = (G, b_y), and
+
+    * ``psi`` = log Ψ with W = I − Ψ(G′G/2γ + Ψ⁻¹BB′Ψ⁻¹/2γ + V′V + mI + S′ − S); its m is our ``epsilon``;
+    * ``Lambda`` = Λ, older, with W = ½Λ⁻¹(2Λ − G′G/γ − ΛBB′Λ/γ − V′V − mI + S′ − S); ``m`` is asked for, 2ε.
+
+    W is rebuilt so that condition (10) holds for *any* γ and ε > 0: a wrong one is another network, which nothing in
+    the file can tell. Compare with its authors' test error.
+    """
+    tensors, epsilon = state_dict, "epsilon"
+    public = unwrapped(state_dict, "V.weight")
+    if diagonal := diagonal_of(public, PUBLIC, "lben"):
+        tensors = _from_public(public, diagonal)
+        epsilon = "m" if diagonal == "Lambda" else epsilon
+    if not KEYS <= set(tensors) <= KEYS | {"_extra_state"}:
         return None
-    U = state_dict["U"]
+    U = tensors["U"]
     given: dict[str, Any] = {}
-    if "_extra_state" not in state_dict:  # written as safetensors, or by other code: L and ε are not there
-        needed = {"lipschitz": "the prescribed constant γ", "epsilon": "ε of eq. 2", "activation": "relu, tanh, ..."}
-        given = {name: required_option(options, name, "lben", meaning) for name, meaning in needed.items()}
-        given |= {name: float(given[name]) for name in ("lipschitz", "epsilon")}
-    model = LBEN(U.shape[1], len(U), len(state_dict["b_y"]), **given, image=tuple(U.shape[2:])).to(U.dtype)
-    model.load_state_dict(state_dict, strict=not given)
+    if "_extra_state" not in tensors:  # written as safetensors, or by other code: L and ε are not there
+        given["lipschitz"] = required_option(options, "lipschitz", "lben", "the prescribed constant γ", float)
+        meaning = "ε of eq. 2" if epsilon == "epsilon" else "m of W = ½Λ⁻¹(2Λ − ... − V'V − mI + S' − S)"
+        given["epsilon"] = required_option(options, epsilon, "lben", meaning, float) / (1.0 if epsilon != "m" else 2.0)
+        given["activation"] = required_option(options, "activation", "lben", "relu, tanh, ...")
+    model = LBEN(U.shape[1], len(U), len(tensors["b_y"]), **given, image=tuple(U.shape[2:])).to(U.dtype)
+    model.load_state_dict(tensors, strict=not given)
     return model
 
 
-def _from_public(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The public layout as ours. It adds S′ − S where paper eq. (2) has S − S′; its m is our ε."""
+def _from_public(tensors: Mapping[str, Tensor], diagonal: str) -> dict[str, Tensor]:
+    """A public layout as ours, which has S − S′ where these have S′ − S or, with Λ, (S − S′)/2."""
+    n, q = tensors[diagonal].numel(), len(tensors["G.bias"])
+    shapes = {diagonal: (n,), "B.bias": (n,), "V.weight": (n, n), "S.weight": (n, n), "G.weight": (q, n)}
+    for name, shape in shapes.items():
+        require_shape(tensors[name], name, shape)
+    require_shape(tensors["B.weight"], "B.weight", (n, tensors["B.weight"].shape[-1]))
+    V, S = tensors["V.weight"], tensors["S.weight"]
     return {
-        "log_psi": tensors["psi"],
+        "log_psi": tensors["psi"] if diagonal == "psi" else -log_of(tensors, "Lambda"),
         "G": tensors["G.weight"],
         "U": tensors["B.weight"],
-        "V": tensors["V.weight"],
-        "S": tensors["S.weight"].mT.contiguous(),
+        "V": V if diagonal == "psi" else V / 2.0**0.5,
+        "S": S.mT.contiguous() if diagonal == "psi" else S / 2.0,
         "b_z": tensors["B.bias"],
         "b_y": tensors["G.bias"],
     }

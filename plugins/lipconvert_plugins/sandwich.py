@@ -16,6 +16,7 @@ from lipconvert import (
     InvalidParameterError,
     PluginInfo,
     ShapeError,
+    WeightsError,
     activation_module,
     activation_of,
     affine,
@@ -25,7 +26,29 @@ from lipconvert import (
     required_option,
 )
 
-from ._convolution import Front, front_arguments, image_of, kernel_shape, small_images, split_layers
+from ._convolution import (
+    Front,
+    front_arguments,
+    image_of,
+    image_size,
+    kernel_shape,
+    small_images,
+    split_layers,
+    whole,
+)
+from ._layouts import (
+    FILE,
+    Layer,
+    LayerSequence,
+    asked_activation,
+    dotted,
+    fill,
+    layers_of,
+    require_shape,
+    split_head,
+    tensor,
+    vector,
+)
 
 
 def cayley(M: Tensor) -> Tensor:
@@ -227,9 +250,16 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None) -> DAE | None:
 
 @hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
+    """Our own layout, or that of Wang & Manchester's code: ``weight`` = [A B] before the Cayley transform, ``alpha``,
+    ``psi``, ``bias``; a last layer without ``psi`` is linear, or one of ``weight`` and ``bias`` has normalised rows.
+
+    √γ stands before the first and the last sandwich layer (``lipschitz`` = γ; the file cannot tell that it is wrong). A kept
+    transform ``Q`` is compared with that of ``weight``. The norm of a convolution is that of its half spectrum on the
+    images it was made on, which are square; strides are told from the channels.
+    """
     layers = split_layers(state_dict, "sandwich")
     if layers is None or "sandwich0.alpha" not in state_dict:
-        return None
+        return _from_layers(state_dict, options)
     convolutions, depth = layers
     arguments = front_arguments(state_dict, options, "sandwich", convolutions)
     shapes = [tuple(state_dict[f"sandwich{k}.weight"].shape) for k in range(depth)]
@@ -249,6 +279,111 @@ def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
     ).to(state_dict["sandwich0.weight"].dtype)
     model.load_state_dict(state_dict)
     return model
+
+
+TRANSFORMS = {"Q", "Qfft", "shift_matrix"}  # what a forward pass leaves behind
+
+
+def _from_layers(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
+    """A network from the public layout, None if no layer has ``psi`` beside ``weight``."""
+    layers = layers_of(state_dict)
+    names = {name for layer in layers.values() for name in layer}
+    known = {"weight", "alpha", "psi", "bias"} | TRANSFORMS
+    if names - known or not any({"weight", "psi"} <= set(layer) for layer in layers.values()):
+        return None
+    layers, head = split_head(layers)
+    biased = any("bias" in layer for layer in layers.values())
+    for path, layer in layers.items():
+        weight = tensor(layer, path, "weight")
+        if biased:
+            vector(layer, path, "bias", len(weight))
+        if weight.dim() not in (2, 4):
+            raise ShapeError(
+                f"tensor {dotted(path, 'weight')!r}", "(out, out + in) or with (k, k)", tuple(weight.shape)
+            )
+        if "alpha" not in layer:
+            reason = "is missing. Convolutions have it only after a first forward pass: save the weights then"
+            raise WeightsError(FILE, f"{dotted(path, 'alpha')!r} {reason}")
+    last = next(reversed(layers))
+    linear = [path for path, layer in layers.items() if "psi" not in layer]
+    if linear != ([last] if head is None else []) or layers[last]["weight"].dim() != 2:
+        missing = next((path for path in linear if path != last or head is not None), last)
+        reason = f"{dotted(missing, 'psi')!r} is missing" if missing in linear else "its last layer is not linear"
+        raise WeightsError(FILE, f"{reason}: only the last layer of a sandwich network, a dense one, is without psi")
+    activation = asked_activation(options, "sandwich")
+    gamma = required_option(options, "lipschitz", "sandwich", "the prescribed constant γ of the network", float)
+    if not 0.0 < gamma < float("inf"):
+        raise InvalidParameterError("option 'lipschitz'", gamma, "γ must be positive")
+    first = next(iter(layers.values()))["weight"]
+    width, image = first.shape[1] - first.shape[0], (0, 0)
+    if first.dim() == 4:
+        image = required_option(options, "image", "sandwich", "height and width of the input: 32", image_size)
+        width = required_option(options, "in_channels", "sandwich", "channels of the input", whole)
+        if image[0] != image[1]:
+            raise InvalidParameterError("option 'image'", image, "the public convolutions are for square images")
+    shape = (width, *image) if first.dim() == 4 else (width,)
+    modules: list[nn.Module] = []
+    for k, (path, layer) in enumerate(layers.items()):
+        scale = (gamma**0.5 if k == 0 else 1.0) * (gamma**0.5 if path == last else 1.0)
+        weight = tensor(layer, path, "weight")
+        if weight.dim() == 2 and image[0]:
+            modules.append(nn.Flatten())
+            width, image = width * image[0] * image[1], (0, 0)
+        if weight.dim() == 4 and image[0]:
+            module, image = _convolution(layer, path, width, image, activation(), scale)
+        else:
+            module = _dense(layer, path, width, activation() if "psi" in layer else None, scale)
+        modules.append(module)
+        width = len(weight)
+    if head is not None:
+        if head.in_features == width + head.out_features:
+            raise WeightsError(FILE, "'alpha' of the last layer is missing")
+        require_shape(head.weight, "the head", (head.out_features, width))
+        modules.append(head)
+    return LayerSequence(modules, shape)
+
+
+def _values(layer: Layer, path: str) -> dict[str, Tensor]:
+    out = len(layer["weight"])
+    names = [name for name in ("bias", "psi") if name in layer]
+    return {"weight": layer["weight"], "alpha": vector(layer, path, "alpha", 1).reshape(())} | {
+        name: vector(layer, path, name, out) for name in names
+    }
+
+
+def _dense(layer: Layer, path: str, width: int, activation: nn.Module | None, scale: float) -> nn.Module:
+    """One dense layer of the public layout."""
+    weight = layer["weight"]
+    require_shape(weight, dotted(path, "weight"), (len(weight), len(weight) + width))
+    module = SandwichLinear(width, len(weight), "bias" in layer, activation, scale)
+    fill(module, _values(layer, path))
+    if "Q" in layer:
+        Q = torch.cat(module.AB(), 1).detach()
+        require_shape(layer["Q"], dotted(path, "Q"), tuple(Q.shape))
+        if not (gap := float((layer["Q"] - Q).abs().max())) <= 10.0 * torch.finfo(weight.dtype).eps ** 0.5:
+            reason = f"is not the Cayley transform of weight and alpha (largest difference {gap:.1e}): it is of other weights"
+            raise WeightsError(FILE, f"{dotted(path, 'Q')!r} {reason}")
+    return module
+
+
+def _convolution(
+    layer: Layer, path: str, width: int, image: tuple[int, int], activation: nn.Module, scale: float
+) -> tuple[nn.Module, tuple[int, int]]:
+    """One convolution of the public layout, for images of a size, and the size of what it returns."""
+    weight = layer["weight"]
+    out, kernel = len(weight), (weight.shape[2], weight.shape[3])
+    stride = 2 if weight.shape[1] == out + 4 * width else 1
+    require_shape(weight, dotted(path, "weight"), (out, out + stride**2 * width, *kernel))
+    if image[0] % stride:
+        raise ShapeError("the image", f"(h, w), multiples of {stride} at {path!r}", image)
+    image = (image[0] // stride, image[1] // stride)
+    if max(kernel) > image[0]:
+        raise ShapeError(f"tensor {dotted(path, 'weight')!r}", f"a kernel within the image {image}", kernel)
+    values = _values(layer, path)
+    half = torch.fft.rfft2(weight, image)  # the public code normalises these, we the kernel
+    values["alpha"] = values["alpha"] * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(half)
+    module = SandwichConv2d(width, out, kernel, stride, "bias" in layer, activation, scale)
+    return fill(module, values), image
 
 
 @hookimpl

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipconvert import DAE, PluginInfo, computes_as, hookimpl
+from lipconvert import DAE, InvalidParameterError, PluginInfo, computes_as, hookimpl, required_option
 
 from ._convolution import small_images
+from ._layouts import Layer, dotted, vector
 from ._residual import (
     Residual,
     ResidualConv2d,
     ResidualLinear,
     ResidualNetwork,
     residual_dae,
+    residual_from_layers,
     residual_from_state_dict,
 )
 
@@ -68,7 +70,28 @@ def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool) -
 
 @hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
-    return residual_from_state_dict(SLLNetwork, state_dict, options)
+    """Our own layout, or the sequences of layers of public code: ``kernel`` or ``weights``/``weight``, ``bias``, ``q``.
+
+    The files do not say what ``q`` means: option ``q`` is ``abs`` for T with |q| (Havens et al., and everything before
+    October 2023), ``exp`` for exp(q) (Araujo et al. since then). Code that adds 1e-6 to |q| or T gives outputs that differ
+    by about as much. A zero q divides by zero with ``abs``, and is refused. Where √γ stands before and behind the layers
+    (Wang & Manchester), it has to be put there.
+    """
+    own = residual_from_state_dict(SLLNetwork, state_dict, options)
+    if own is not None:
+        return own
+
+    def log_q(layer: Layer, path: str, inner: int) -> dict[str, Tensor]:
+        rule = required_option(options, "q", "sll", "abs where T is made of |q|, exp where it is made of exp(q)")
+        if rule not in ("abs", "exp"):
+            raise InvalidParameterError("option 'q'", repr(rule), "it must be abs or exp")
+        q = vector(layer, path, "q", inner)
+        if rule == "abs" and (zeros := int((q == 0).sum())):
+            reason = "T divides by |q|, which must not be zero"
+            raise InvalidParameterError(f"tensor {dotted(path, 'q')!r}", f"0 in {zeros} of {inner} entries", reason)
+        return {"log_q": q.abs().log() if rule == "abs" else q}
+
+    return residual_from_layers(SLLLinear, SLLConv2d, "sll", "q", set(), log_q, state_dict, options)
 
 
 @hookimpl
