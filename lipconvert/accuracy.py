@@ -40,6 +40,12 @@ from .state_map import StateMap
 # Glue that only moves numbers, or compares them.
 EXACT = (PadChannels, FirstFeatures, MaxMin, nn.Flatten, nn.Unflatten, nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle)
 
+# Inputs larger than this, in l2, may overflow somewhere (no step multiplies by more than 10²⁰): nothing is certified there.
+REACH = {torch.float32: 1e10, torch.float64: 1e100}
+
+# A radius where nothing changes anywhere: so large that no pixel is further away.
+FARTHEST = 1e12
+
 # σ written with sums whose terms do not vanish with the argument.
 ABSOLUTE = ("elu", "softplus", "sigmoid")
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .accuracy import Accuracy
+from .accuracy import FARTHEST, REACH, Accuracy
 from .attack import attack as withstands
 from .attack import class_labels, empirical_lipschitz
 from .bounds import METHODS, Bounds, LipschitzBound, class_pairs
@@ -38,9 +38,6 @@ RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)
 
 # Samples from which the empirical Lipschitz constant climbs, and steps of the climb.
 CLIMBERS, CLIMB = 32, 50
-
-# Radii are not stated beyond this.
-FARTHEST = 1e12
 
 # Points of the certified-accuracy curves.
 CURVE = 201
@@ -118,6 +115,8 @@ class Certifier:
             radii.append(radius.scatter(1, own, math.inf).amin(1))
         radius = torch.stack(radii, dim=1)
         radius = radius - 2.0**-50 * radius.abs()
+        size = torch.linalg.vector_norm(x.detach().double().cpu().flatten(1), dim=1)
+        radius = torch.minimum(radius, (REACH[self.net.dtype] - size).unsqueeze(1))
         others = y.scatter(1, own, -math.inf).amax(1)
         margin = y.gather(1, own).squeeze(1) - others
         error = (at_input + running[..., 0]).scatter(1, own, 0.0).amax(1)

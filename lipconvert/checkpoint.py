@@ -92,6 +92,7 @@ def save(
         raise CheckpointError(
             str(target), "path", f"embed, outputs and inline are about a graph: the suffix must be {GRAPH}"
         )
+    outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     for output in outputs:
         if output not in (RESIDUAL, RADIUS):
             raise CheckpointError(str(target), "outputs", f"{output!r} is none of {RESIDUAL!r}, {RADIUS!r}")

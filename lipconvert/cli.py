@@ -914,13 +914,11 @@ def _export_plain(net: Network, out: Path, vnnlib: str | None, radius: float, sa
             escape(f"wrote {out} ({out.stat().st_size:,} bytes, {len(model.graph.node)} nodes)"), soft_wrap=True
         )
         return
-    found = data.Shaped(data.load(vnnlib, "test", data_dir), net.input_shape, samples)
-    first = [found[k] for k in range(len(found))]
-    written = interchange.export_vnnlib(net, out, first, radius)
+    found = data.Shaped(data.load(vnnlib, "test", data_dir), net.input_shape, None)
+    written = interchange.export_vnnlib(net, out, found, radius, samples=samples)
     half = radius / math.prod(net.input_shape) ** 0.5
-    left = "" if len(written) == len(first) else f"; {len(first) - len(written)} samples are classified wrongly"
     console.print(
-        escape(f"wrote {out / 'network.onnx'} and the properties of {len(written)} samples{left}"),
+        escape(f"wrote {out / 'network.onnx'} and properties of {len(written)} samples that are classified correctly:"),
         f"l-infinity boxes of half-width {half:.6g}, inscribed in l2 balls of radius {radius:g}",
         sep="\n",
         soft_wrap=True,
@@ -945,14 +943,7 @@ def verify(
     if as_json:
         _print_json(report.model_dump(mode="json"))
     else:
-        console = _console()
-        for claim in report.claims:
-            verdict = "ok    " if claim.passed else "FAILED"
-            console.print(
-                escape(f"{verdict}  {claim.where}: {claim.claim}: {claim.found}"), soft_wrap=True, highlight=False
-            )
-        failed = len(report.failures())
-        console.print(f"{len(report.claims)} claims, {failed or 'none'} of them false", soft_wrap=True)
+        _console().print(escape(str(report)), soft_wrap=True, highlight=False)
     if not report.passed:
         raise typer.Exit(1)
 

@@ -137,7 +137,10 @@ class Header:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, MOST_HEADER):
-                    reason = f"it cannot be read: its length is said to be {length} bytes, in a file of {size}"
+                    reason = (
+                        f"it cannot be read: its length is said to be {length} bytes, in a file of {size}. It is no "
+                    )
+                    reason += "safetensors file, or it was cut off"
                     raise CheckpointError(name, "header", reason)
                 text = file.read(length)
         except OSError as error:
@@ -200,11 +203,15 @@ def read(path: str | Path) -> Stored:
     data = _data_of(target, initializers)
     if data == target.with_suffix(DATA):
         data = recover(target)
+    if not data.is_file():
+        reason = f"it cannot be read: there is no such file. It holds the numbers of {target.name}"
+        raise CheckpointError(str(data), "file", f"{reason}: keep both together, under the names they were saved by")
     header = Header.read(data)
     if _data_text(data, header) != text:
-        raise CheckpointError(
-            str(data), f"metadata {KEY!r}", f"these are not the data of {target.name}: their manifests differ"
+        reason = (
+            f"these are not the data of {target.name}: their manifests differ. One of them was saved alone, or replaced"
         )
+        raise CheckpointError(str(data), f"metadata {KEY!r}", reason)
     _require_places(target, initializers, header)
     return Stored(manifest, _tensors(data, header, manifest), model)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .bounds import output_shape
-from .errors import CheckpointError, InvalidParameterError, ShapeError
+from .errors import CheckpointError, DataError, InvalidParameterError, ShapeError
 from .files import whole
 from .lben import LBEN
 from .network import Network
@@ -163,22 +164,28 @@ def _decimal(value: float) -> str:
 def export_vnnlib(
     net: Network,
     folder: str | Path,
-    data: Sequence[tuple[Tensor, int]],
+    data: Any,
     radius: float,
     *,
+    samples: int | None = None,
     box: tuple[float, float] | None = None,
     timeout: int = 300,
 ) -> list[Path]:
     """A folder as VNN-COMP has it: ``network.onnx`` (`explicit`), ``property_k.vnnlib`` of each sample that is classified
     correctly, and ``instances.csv`` with them; returns the properties.
 
-    Raises `CheckpointError` for a network without feed-forward form, `ShapeError` where the output is no vector of logits.
+    ``data``: a map-style data set of (input, label); ``samples``: stop after so many properties. Raises `DataError` where no
+    sample is classified correctly, `CheckpointError` for a network without feed-forward form, `ShapeError` where the output
+    is no vector of logits.
     """
     target = Path(folder)
     model = explicit(net)
     single = copy.deepcopy(net).cpu().float()
     written: list[Path] = []
-    for k, (x, label) in enumerate(data):
+    for k in range(len(data)):
+        if len(written) == samples:
+            break
+        x, label = data[k]
         with torch.no_grad():
             logits = single(x.unsqueeze(0).float())[0]
         if logits.dim() != 1:
@@ -187,6 +194,10 @@ def export_vnnlib(
             continue  # wrong already: nothing to ask
         written.append(target / f"property_{k}.vnnlib")
         write_vnnlib(written[-1], x, int(label), len(logits), radius, box)
+    if not written:
+        raise DataError(
+            "of properties", f"none of {len(data)} samples is classified correctly: there is nothing to ask"
+        )
     with whole(target / "network.onnx") as partial:
         partial.write_bytes(model.SerializeToString(deterministic=True))
     with whole(target / "instances.csv") as partial:

@@ -27,6 +27,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from .accuracy import FARTHEST, REACH
 from .activations import Activations, MaxMin, activation_of, is_activation
 from .bounds import output_shape
 from .errors import CheckpointError
@@ -44,9 +45,6 @@ INPUT, LOGITS, RESIDUAL, RADIUS = "input", "logits", "residual", "radius"
 
 # Names of functions beside those of stages: what refines an inverse, and what certifies.
 REFINE, RADIUS_FUNCTION = "refined_inverse", "certified_radius"
-
-# A radius where nothing changes anywhere.
-FARTHEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -419,7 +417,7 @@ def describe(stage: LBEN, plan: Plan) -> str:
     )
 
 
-def _radius_function() -> ir.Function:
+def _radius_function(dtype: torch.dtype) -> ir.Function:
     """min_j (y_i − y_j − 2(a_ij + b_ij‖x‖)) / (K_ij + b_ij) for the largest y_i, in float64; 0 where nothing is certified.
 
     a + b‖x‖ is what y_i − y_j may be off at x, b r more within r of it (`lipconvert.accuracy.Accuracy.everywhere`).
@@ -442,6 +440,8 @@ def _radius_function() -> ir.Function:
     classes = a("Range", first, a("Squeeze", a("Shape", y, start=1, end=2)), step)
     own = a("Equal", classes, a("Unsqueeze", top, a.ints(1)))
     least = a("ReduceMin", a("Where", own, a.real(FARTHEST), radii), a.ints(1), keepdims=0)
+    least = a("Min", least, a("Squeeze", a("Sub", a.real(REACH[dtype]), norm), a.ints(1)))
+    least = a("Max", least, zero)
     finite = a("Cast", a("Less", a("Abs", z), a.real(math.inf)), to=ir.DataType.INT32)
     known = a("Cast", a("ReduceMin", finite, a.ints(1), keepdims=0), to=ir.DataType.BOOL)
     radius = a("Where", known, a.times(a("Min", least, a.real(FARTHEST)), 1.0 - 1e-9), zero)
@@ -555,7 +555,7 @@ def build(
         radius = a(RADIUS_FUNCTION, entry, x, *tables, domain=DOMAIN)
         radius.name, radius.type, radius.shape = RADIUS, ir.TensorType(ir.DataType.DOUBLE), ir.Shape(["batch"])
         results.append(radius)
-        functions.append(_radius_function())
+        functions.append(_radius_function(net.dtype))
     if any(plan.how.method == "splitting" for plan in plans.values()):
         functions.append(_refine(net.dtype))
     graph = ir.Graph(

@@ -367,6 +367,11 @@ class VerificationReport(_Document):
         """The claims that do not hold, in words."""
         return [f"{c.claim} ({c.where}): {c.found}" for c in self.claims if not c.passed]
 
+    def __str__(self) -> str:
+        """One line for each claim, and how many are false."""
+        lines = [f"{'ok    ' if c.passed else 'FAILED'}  {c.where}: {c.claim}: {c.found}" for c in self.claims]
+        return "\n".join([*lines, f"{len(lines)} claims, {len(self.failures()) or 'none'} of them false"])
+
 
 class TrainConfig(_Document):
     """How the demo trains its small networks."""

@@ -673,7 +673,8 @@ class TestCheckpoints:
             "export", "one.onnx", "--out", "vnn", "--vnnlib", "digits", "--radius", "36/255", "--samples", "6"
         ).stdout
         assert "half-width 0.0176471" in said
-        assert {path.suffix for path in (tmp_path / "vnn").iterdir()} <= {".onnx", ".vnnlib", ".csv"}
+        assert {path.suffix for path in (tmp_path / "vnn").iterdir()} == {".onnx", ".vnnlib", ".csv"}
+        assert len((tmp_path / "vnn" / "instances.csv").read_text().splitlines()) == 6
         assert "do not go with" in run("export", "one.onnx", "--out", "x.onnx", "--explicit", "--embed", code=2).stderr
         assert "the suffix must be" in run("export", "one.onnx", "--out", "x.pt", code=2).stderr
         assert "none of" in run("export", "one.onnx", "--out", "x.onnx", "--output", "radii", code=2).stderr
