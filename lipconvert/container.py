@@ -203,7 +203,7 @@ def read(path: str | Path) -> Stored:
     data = _data_of(target, initializers)
     if data == target.with_suffix(DATA):
         data = recover(target)
-    if not data.is_file():
+    if not os.path.isfile(data):  # False for a name that no file can have
         reason = f"it cannot be read: there is no such file. It holds the numbers of {target.name}"
         raise CheckpointError(str(data), "file", f"{reason}: keep both together, under the names they were saved by")
     header = Header.read(data)

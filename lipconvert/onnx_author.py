@@ -24,6 +24,11 @@ DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float64: ir.DataType.DOUBLE}
 NOISE = 64.0 * 2.0**-52
 
 
+def next_to_one(factor: float) -> bool:
+    """Whether a number is 1 in float32, but not in float64."""
+    return 0.0 < abs(factor - 1.0) <= 2.0**-23
+
+
 class Author:
     """Nodes in the order in which they are written, in one dtype."""
 
@@ -67,7 +72,7 @@ class Author:
         """x times a constant. onnxruntime drops a factor that is 1 in float32, also where it is another number in float64."""
         if factor == 1.0:
             return x
-        if np.float32(factor) == 1.0:
+        if next_to_one(factor):
             return self("Add", x, self("Mul", x, self.real(factor - 1.0)))
         return self("Mul", x, self.real(factor))
 

@@ -34,7 +34,7 @@ from .errors import CheckpointError
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
 from .lben import LBEN
 from .network import Network
-from .onnx_author import DOMAIN, DTYPES, OPSET, Author, Columns, Frequencies, Kernel
+from .onnx_author import DOMAIN, DTYPES, OPSET, Author, Columns, Frequencies, Kernel, next_to_one
 from .onnx_plan import STOP, Plan, slices
 from .schema import GraphMethod
 from .spectrum import Grid
@@ -463,7 +463,7 @@ def glue(
     if isinstance(step, Normalize):
         each = (1, -1, *[1] * (len(shape) - 1))
         shifted = a("Sub", x, a.reshape(buffers("mean"), *each))
-        if step.std.numel() == 1 and np.float32(step.std.item()) == 1.0:  # see `Author.times`
+        if step.std.numel() == 1 and next_to_one(step.std.item()):  # see `Author.times`
             return a.times(shifted, 1.0 / step.std.item())
         return a("Div", shifted, a.reshape(buffers("std"), *each))
     if isinstance(step, PadChannels):

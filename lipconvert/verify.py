@@ -22,7 +22,7 @@ from . import checkpoint
 from .certify import Certifier
 from .checkpoint import ERRORS, PAIRS, enclosed, errors_of, network_of
 from .container import GRAPH, Stored, read
-from .errors import CheckpointError, LipconvertError, NotConvergedError
+from .errors import CheckpointError, LipconvertError
 from .lben import LBEN
 from .network import Network
 from .onnx_graph import INPUT, LOGITS
@@ -272,7 +272,7 @@ def _agreement(
             with torch.no_grad():
                 try:
                     expected = net(x).numpy()
-                except NotConvergedError as error:
+                except LipconvertError as error:
                     yield _claim(what, where, False, f"torch finds no equilibrium (inputs of seed {seed}): {error}")
                     return
             try:
