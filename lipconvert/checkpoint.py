@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -219,9 +220,14 @@ def external(
     return found
 
 
+@cache
+def _writers() -> tuple[tuple[str, str], ...]:
+    return tuple((name, version(name)) for name in ("lipconvert", "onnx", "onnx-ir"))
+
+
 def writers() -> dict[str, str]:
     """The versions of what writes a graph."""
-    return {name: version(name) for name in ("lipconvert", "onnx", "onnx-ir")}
+    return dict(_writers())
 
 
 def enclosed(W: Tensor, origin: Sequence[int], U: Tensor, G: Tensor, grid: Grid) -> Enclosure:

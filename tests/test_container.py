@@ -2028,6 +2028,8 @@ class TestSaveRefuses:
 
     @pytest.mark.parametrize("name", [GRAPH, DATA])
     def test_folders_that_cannot_be_written_to(self, name, tmp_path):
+        # what a save imports and asks for is there: to somebody else the environment itself may be closed
+        lc.save(network("tiny", 1), tmp_path / "before" / name, prove=False)
         with other_user(tmp_path) as folder:
             placed(folder, "tiny")
             folder.chmod(0o555)
