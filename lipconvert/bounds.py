@@ -417,6 +417,12 @@ def class_pairs(classes: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(classes) for j in range(i)]
 
 
+def extremes(pairs: Tensor) -> tuple[float, float]:
+    """The least and the greatest constant (q, q) of a logit difference."""
+    off = pairs[~torch.eye(len(pairs), dtype=torch.bool)]
+    return float(off.min()), float(off.max())
+
+
 def metrics(dae: DAE) -> list[Tensor]:
     """Diagonal metrics P (n,) in which I − W may be strongly monotone.
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from .accuracy import FARTHEST, REACH, Accuracy
 from .attack import attack as withstands
 from .attack import class_labels, empirical_lipschitz
-from .bounds import METHODS, Bounds, LipschitzBound, class_pairs
+from .bounds import METHODS, Bounds, LipschitzBound, class_pairs, extremes
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .network import Network
 from .schema import AttackConfig, AttackResult, Method, MethodResult, RobustnessReport
@@ -297,15 +297,15 @@ def _report(
     methods = []
     for k, bound in enumerate(certifier.bounds):
         assert bound.pairs is not None
-        off = bound.pairs[~torch.eye(len(bound.pairs), dtype=torch.bool)]
+        least, greatest = extremes(bound.pairs)
         methods.append(
             MethodResult(
                 method=METHODS[k],
                 certified_accuracy=share(radius[:, k], thresholds),
                 curve_accuracy=share(radius[:, k], curve),
                 lipschitz=bound.lipschitz,
-                least_pair=float(off.min()),
-                greatest_pair=float(off.max()),
+                least_pair=least,
+                greatest_pair=greatest,
                 seconds=bound.seconds,
             )
         )

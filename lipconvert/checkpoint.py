@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from onnx import StringStringEntryProto
 from torch import Tensor, nn
 
 from .activations import Activations, activation_module, activation_of, is_activation
-from .bounds import class_pairs, metrics, output_shape
+from .bounds import class_pairs, extremes, metrics, output_shape
 from .certify import Certifier
 from .container import DATA, GRAPH, MANIFEST, Header, entry_of, read, recover, write_data, write_graph
 from .errors import CheckpointError, LipconvertError, NoCertificateError
@@ -97,21 +97,20 @@ def save(
     for output in outputs:
         if output not in (RESIDUAL, RADIUS):
             raise CheckpointError(str(target), "outputs", f"{output!r} is none of {RESIDUAL!r}, {RADIUS!r}")
-    if certifier is not None and certifier.net is not net:
-        raise CheckpointError(
-            str(target), "certifier", "it is that of another network: what it proved is not of this one"
-        )
     if certifier is not None:
+        if certifier.net is not net:
+            raise CheckpointError(
+                str(target), "certifier", "it is that of another network: what it proved is not of this one"
+            )
         certifier.accuracy.require_unchanged()
-    count = math.prod(output_shapes(net)[-1])
-    if net.class_names and len(net.class_names) != count:
-        raise CheckpointError(str(target), "class_names", f"there are {len(net.class_names)}, and {count} outputs")
+    if net.class_names:
+        shape = reduce(lambda before, step: output_shape(step, before), net.steps, net.input_shape)
+        if len(net.class_names) != math.prod(shape):
+            reason = f"there are {len(net.class_names)}, and {math.prod(shape)} outputs"
+            raise CheckpointError(str(target), "class_names", reason)
     if RADIUS in outputs and certifier is None:
         certifier = Certifier(net)
-    manifest, tensors, plans = _described(net, str(target), with_graph, prove, certifier)
-    if RADIUS in outputs and certifier is not None:
-        tensors[ERRORS] = errors_of(certifier, plans)
-        manifest = manifest.model_copy(update={"tensors": [entry_of(name, t) for name, t in sorted(tensors.items())]})
+    manifest, tensors, plans = _described(net, str(target), with_graph, prove, certifier, RADIUS in outputs)
     if not with_graph:
         with whole(target) as partial:
             write_data(partial, tensors, manifest)
@@ -122,7 +121,7 @@ def save(
         return
     data = target.with_suffix(DATA)
     recover(target)
-    # The graph is replaced first: from then on the pair is the new one, and `_recover` finishes what a kill left undone.
+    # The graph is replaced first: from then on the pair is the new one, and `recover` finishes what a kill left undone.
     with replaced(target, data) as (partial_graph, partial_data):
         write_data(partial_data, tensors, manifest)
         places = Header.read(partial_data).places
@@ -130,16 +129,8 @@ def save(
         write_graph(partial_graph, graph_of(net, plans, held, outputs, manifest, inline))
 
 
-def output_shapes(net: Network) -> list[tuple[int, ...]]:
-    """The shape of one sample before each step, and behind the last."""
-    shapes = [net.input_shape]
-    for step in net.steps:
-        shapes.append(output_shape(step, shapes[-1]))
-    return shapes
-
-
 def _described(
-    net: Network, path: str, with_graph: bool, prove: bool, certifier: Certifier | None
+    net: Network, path: str, with_graph: bool, prove: bool, certifier: Certifier | None, with_radius: bool
 ) -> tuple[Manifest, dict[str, Tensor], dict[int, Plan]]:
     """The manifest, all tensors on the CPU, and how each stage is written."""
     tensors = {
@@ -171,6 +162,8 @@ def _described(
         assert found.pairs is not None  # a certifier has logits
         tensors[PAIRS] = found.pairs.clone()
         bound = LogitBound(method=certifier.method, lipschitz=found.lipschitz)
+        if with_radius:
+            tensors[ERRORS] = errors_of(certifier, plans)
     manifest = Manifest(
         versions=writers(),
         input_shape=list(net.input_shape),
@@ -300,8 +293,7 @@ def info(path: str | Path) -> NetworkInfo:
         steps.append(step.model_copy(update=known))
     more: dict[str, object] = {}
     if manifest.bound is not None and (pairs := stored.tensors.get(PAIRS)) is not None:
-        off = pairs[~torch.eye(len(pairs), dtype=torch.bool)]
-        more |= {"bound": manifest.bound, "pairs": (float(off.min()), float(off.max()))}
+        more |= {"bound": manifest.bound, "pairs": extremes(pairs)}
     return found.model_copy(update={"steps": steps, **more})
 
 
@@ -383,8 +375,6 @@ def _fill(net: Network, tensors: Mapping[str, Tensor], path: str) -> None:
         if value.shape != wanted[key].shape or value.dtype != wanted[key].dtype:
             expected, actual = (f"{t.dtype} {tuple(t.shape)}" for t in (wanted[key], value))
             raise CheckpointError(path, f"tensor {key!r}", f"it is {actual}, the manifest says {expected}")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(path, f"tensor {key!r}", "it holds NaN or infinity")
         with torch.no_grad():
             wanted[key].copy_(value)
 

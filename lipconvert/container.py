@@ -286,10 +286,11 @@ def _manifest(path: str, text: str) -> Manifest:
         manifest = Manifest.model_validate(given)
     except (ValueError, RecursionError) as error:  # JSON and pydantic raise ValueErrors
         raise CheckpointError(path, f"metadata {KEY!r}", str(error)) from error
-    names = [entry.name for entry in manifest.tensors]
-    for name in names:
-        if names.count(name) > 1:
-            raise CheckpointError(path, f"tensor {name!r}", "the manifest has it twice")
+    seen = set[str]()
+    for entry in manifest.tensors:
+        if entry.name in seen:
+            raise CheckpointError(path, f"tensor {entry.name!r}", "the manifest has it twice")
+        seen.add(entry.name)
     return manifest
 
 
@@ -409,9 +410,8 @@ def recover(path: Path) -> Path:
             return data
         if data.is_file() and _data_text(data, Header.read(data)) == text:
             return data
-    except (
-        CheckpointError
-    ):  # what is left over is of no use: whoever reads the files themselves says what is wrong with them
+    except CheckpointError:
+        # what is left over is of no use: whoever reads the files themselves says what is wrong with them
         return data
     try:
         left.replace(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from .lben import LBEN
 from .network import Network
 from .registry import plugins
 from .schema import PluginSource, Provenance
+from .shards import fingerprint
 from .trace import Step, glue_dae, group, label, stage_dae, trace, unshuffling
 from .validate import compare
 
@@ -115,16 +115,11 @@ def convert(
 
 def _provenance(model: nn.Module, used: set[str]) -> Provenance:
     """Where a network comes from: the plugins that described it, and the SHA-256 of the source's tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, torch.Tensor):
-            given = value.detach().cpu().contiguous()
-            digest.update(f"{name} {given.dtype} {tuple(given.shape)}\n".encode())
-            digest.update(given.reshape(-1).view(torch.uint8).numpy().data)
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     sources = [
         PluginSource(name=plugin.name, distribution=plugin.distribution, version=plugin.version)
         for plugin in plugins()
         if plugin.name in used
     ]
     versions = {"lipconvert": version("lipconvert"), "torch": torch.__version__}
-    return Provenance(model=type(model).__name__, sha256=digest.hexdigest(), plugins=sources, versions=versions)
+    return Provenance(model=type(model).__name__, sha256=fingerprint(**tensors), plugins=sources, versions=versions)

@@ -24,7 +24,7 @@ from .errors import CheckpointError, DataError, InvalidParameterError, ShapeErro
 from .files import whole
 from .lben import LBEN
 from .network import Network
-from .onnx_author import DTYPES, OPSET, Author, Kernel
+from .onnx_author import DTYPES, OPSET, Author
 from .onnx_graph import INPUT, IR_VERSION, LOGITS, convolutions, glue, on_channels
 from .onnx_plan import STRAIGHT, Plan, plan, slices, stored_W
 
@@ -114,10 +114,8 @@ def _dense(a: Author, chosen: Plan, x: ir.Value, weight: Weight) -> ir.Value:
 
 def _images(a: Author, chosen: Plan, x: ir.Value, weight: Weight) -> ir.Value:
     stage = chosen.stage
-    offsets = (tuple(range(o, o + k)) for o, k in zip(chosen.origin, chosen.W.shape[2:], strict=True))
-    W = Kernel(weight("W", chosen.W), chosen.W, *offsets)
-    U, G = (Kernel.full(weight(name, getattr(stage, name)), getattr(stage, name), stage.grid) for name in ("U", "G"))
-    return convolutions(a, chosen, x, W, U, G, weight("b_z", stage.b_z), weight("b_y", stage.b_y))
+    inputs = {name: weight(name, getattr(stage, name)) for name in ("U", "G", "b_z", "b_y")}
+    return convolutions(a, chosen, inputs | {"x": x, "W": weight("W", chosen.W)})
 
 
 def write_vnnlib(

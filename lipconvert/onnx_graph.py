@@ -60,6 +60,16 @@ class _Stage:
     b_z: ir.Value
     b_y: ir.Value
 
+    @classmethod
+    def of(cls, plan: Plan, stage: LBEN, inputs: Mapping[str, ir.Value]) -> _Stage:
+        """From values under the names x, W, U, G, b_z and b_y."""
+        offsets = ()
+        if stage.grid:
+            offsets = (tuple(range(o, o + k)) for o, k in zip(plan.origin, plan.W.shape[2:], strict=True))
+        W = Kernel(inputs["W"], plan.W, *offsets)
+        U, G = (Kernel.full(inputs[name], getattr(stage, name), stage.grid) for name in ("U", "G"))
+        return cls(stage, plan, inputs["x"], W, U, G, inputs["b_z"], inputs["b_y"])
+
     @property
     def blocks(self) -> list[slice]:
         return slices(self.stage.blocks)
@@ -331,11 +341,9 @@ def _settled(a: Author, frame: Columns, s: _Stage, W: ir.Value, u: ir.Value, z: 
     return _Written(_readout(a, frame, s, [(slice(0, len(s.stage.b_z)), z)]), lambda: residual, ok)
 
 
-def convolutions(
-    a: Author, plan: Plan, x: ir.Value, W: Kernel, U: Kernel, G: Kernel, b_z: ir.Value, b_y: ir.Value
-) -> ir.Value:
-    """y of a triangular stage on images, by convolutions, for a graph without functions."""
-    return _convolutions(a, _Stage(plan.stage, plan, x, W, U, G, b_z, b_y)).y
+def convolutions(a: Author, plan: Plan, inputs: Mapping[str, ir.Value]) -> ir.Value:
+    """y of a triangular stage on images, by convolutions, for a graph without functions; ``inputs``: x, W, U, G, b_z, b_y."""
+    return _convolutions(a, _Stage.of(plan, plan.stage, inputs)).y
 
 
 WRITERS: dict[GraphMethod, Callable[[Author, _Stage], _Written]] = {
@@ -377,12 +385,7 @@ def _refine(dtype: torch.dtype) -> ir.Function:
 def _stage_function(stage: LBEN, plan: Plan, with_residual: bool) -> ir.Function:
     a = Author(stage.b_z.dtype)
     inputs = {name: ir.Value(name=name) for name in ("x", "W", "U", "G", "b_z", "b_y")}
-    kernel_W = Kernel(inputs["W"], plan.W)
-    if stage.grid:
-        offsets = (tuple(range(o, o + k)) for o, k in zip(plan.origin, plan.W.shape[2:], strict=True))
-        kernel_W = Kernel(inputs["W"], plan.W, *offsets)
-    U, G = (Kernel.full(inputs[name], getattr(stage, name), stage.grid) for name in ("U", "G"))
-    s = _Stage(stage, plan, inputs["x"], kernel_W, U, G, inputs["b_z"], inputs["b_y"])
+    s = _Stage.of(plan, stage, inputs)
     written = WRITERS[plan.how.method](a, s)
     y = written.y
     if written.ok is not None:

@@ -19,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort  # type: ignore[a
 from torch import Tensor
 
 from . import checkpoint
+from .bounds import extremes
 from .certify import Certifier
 from .checkpoint import ERRORS, PAIRS, enclosed, errors_of, network_of
 from .container import GRAPH, Stored, read
@@ -152,7 +153,8 @@ def _bounds(stored: Stored, net: Network) -> Iterator[Claim]:
         vector = torch.tensor([found.lipschitz]), torch.tensor([claimed.lipschitz])
         excess = max(_excess(*vector), _excess(found.pairs, pairs))
         numbers = f"L = {found.lipschitz:.7g}, claimed {claimed.lipschitz:.7g}"
-        text = f"{claimed.method}: {numbers}; of differences {_range(found.pairs)}"
+        least, greatest = extremes(found.pairs)
+        text = f"{claimed.method}: {numbers}; of differences {least:.7g} to {greatest:.7g}"
         yield _claim(what, where, excess <= 1.0 + ANEW, text)
         if errors is None:
             return
@@ -169,11 +171,6 @@ def _excess(found: Tensor, claimed: Tensor) -> float:
         return math.inf
     # nothing is said on the diagonal, where both are 0
     return float(torch.where(found <= claimed, 0.0, found / claimed).max())
-
-
-def _range(pairs: Tensor) -> str:
-    off = pairs[~torch.eye(len(pairs), dtype=torch.bool)]
-    return f"{float(off.min()):.7g} to {float(off.max()):.7g}"
 
 
 def _plans(stored: Stored, net: Network) -> dict[int, Plan]:
