@@ -156,9 +156,9 @@ class StateMap:
         return frobenius * min(1.0, float(torch.linalg.matrix_norm(gram @ gram).amax()) ** 0.25)
 
     def resolvent(self, v: Tensor, alpha: float) -> Tensor:  # (B, n) -> (B, n)
-        """(I + α(I − W))⁻¹ v for each sample, through one LU factorisation per α."""
-        LU, pivots = self._factor(alpha)
-        return self.grid.samples(torch.linalg.lu_solve(LU, pivots, self.grid.columns(v)))
+        """(I + α(I − W))⁻¹ v for each sample, by the inverse, computed once per α: a product is several times as fast as two
+        triangular solves, and with (3) the matrix is well-conditioned."""
+        return self.grid.apply(self._inverse(alpha), v)
 
     def newton_step(self, D: Tensor, r: Tensor) -> Tensor:  # (B, n), (B, n) -> (B, n)
         """(I − DW)⁻¹ r for each sample, D its slopes; infinite where the matrix is singular. Not on a grid: there D, which
@@ -168,15 +168,15 @@ class StateMap:
     def _eye(self, dtype: torch.dtype | None = None) -> Tensor:
         return torch.eye(self.states, dtype=dtype or self.W.dtype, device=self.W.device)
 
-    def _factor(self, alpha: float) -> tuple[Tensor, Tensor]:
-        if alpha not in self._factors:
+    def _inverse(self, alpha: float) -> Tensor:
+        if alpha not in self._inverses:
             # Without the check: a singular matrix gives infinite states, and the solve reports that it diverged.
             LU, pivots, _ = lu_factor((1.0 + alpha) * self._eye() - alpha * self.W)
-            self._factors[alpha] = (LU, pivots)
-        return self._factors[alpha]
+            self._inverses[alpha] = torch.linalg.lu_solve(LU, pivots, self._eye().expand_as(self.W))
+        return self._inverses[alpha]
 
     @cached_property
-    def _factors(self) -> dict[float, tuple[Tensor, Tensor]]:
+    def _inverses(self) -> dict[float, Tensor]:
         return {}
 
     @cached_property
