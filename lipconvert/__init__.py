@@ -40,6 +40,7 @@ from .errors import (
     UnsupportedModuleError,
     WeightsError,
 )
+from .finetune import finetune, train
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operator
 from .hookspecs import PluginInfo, hookimpl
 from .hub import from_hub, push_to_hub
@@ -51,9 +52,11 @@ from .registry import Plugin, Registry, plugins, registry, required_option
 from .report import write as write_report
 from .schema import (
     AttackConfig,
+    FinetuneReport,
     Manifest,
     Provenance,
     RobustnessReport,
+    TrainingConfig,
     TrainingSummary,
     ValidationReport,
     VerificationReport,
@@ -87,6 +90,7 @@ __all__ = [
     "DataError",
     "Enclosure",
     "EquivalenceError",
+    "FinetuneReport",
     "FirstFeatures",
     "Grid",
     "H_matrix",
@@ -119,6 +123,7 @@ __all__ = [
     "SolverOptions",
     "StateMap",
     "Status",
+    "TrainingConfig",
     "TrainingSummary",
     "UnsupportedActivationError",
     "UnsupportedModuleError",
@@ -149,6 +154,7 @@ __all__ = [
     "equilibrium",
     "explicit",
     "export_vnnlib",
+    "finetune",
     "from_hub",
     "from_state_dict",
     "gauge",
@@ -177,6 +183,7 @@ __all__ = [
     "strict_multiplier",
     "strided_weight",
     "to_dae",
+    "train",
     "validate",
     "verify",
     "write_report",

@@ -73,7 +73,7 @@ class Certifier:
             raise ShapeError("the output", "(B, at least 2)", ("B", *proved.shape), hint)
         proved.bound(method, seconds=seconds, seen=seen)
         names = METHODS[: METHODS.index(method) + 1]  # type: ignore[arg-type]
-        self.net, self.delta = net, proved.delta
+        self.net, self.delta, self.classes = net, proved.delta, proved.classes
         self.method: Method = names[-1]
         self.bounds: list[LipschitzBound] = [proved.bound(name) for name in names]
         self.accuracy = Accuracy(proved)

@@ -59,7 +59,6 @@ from .schema import (
     PluginRecord,
     RobustnessReport,
     StageProof,
-    TrainConfig,
     ValidationReport,
 )
 from .shards import processes
@@ -957,8 +956,8 @@ def demo_command(
     architecture: Annotated[
         list[str] | None, typer.Option("--architecture", help="only this plugin; repeatable")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1)] = TrainConfig().epochs,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = TrainConfig().seed,
+    epochs: Annotated[int, typer.Option("--epochs", min=1)] = demo.TRAINING.epochs,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = demo.TRAINING.seed,
     limit: Annotated[int | None, typer.Option("--limit", hidden=True, min=10)] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -977,7 +976,7 @@ def demo_command(
             else:
                 bars.update(tasks[name], description=f"{name}: {what}")
 
-        report = demo.run(out, TrainConfig(epochs=epochs, seed=seed), names, limit, show)
+        report = demo.run(out, demo.TRAINING.model_copy(update={"epochs": epochs, "seed": seed}), names, limit, show)
     if as_json:
         _print_json(report.model_dump(mode="json"))
         return

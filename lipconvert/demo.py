@@ -9,31 +9,33 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from . import data
 from .certify import RADII, certify
 from .convert import convert
-from .equilibrium import SolverOptions
 from .errors import InvalidParameterError
 from .files import whole
+from .finetune import train
 from .plotting import plot_certified_accuracy
 from .registry import registry
-from .schema import DemoReport, DemoRow, RobustnessReport, TrainConfig
+from .schema import DemoReport, DemoRow, LossConfig, RobustnessReport, ScheduleConfig, TrainingConfig
 from .spectrum import one_thread
 from .validate import validate
 
-# Gradients of minibatches need no thirteen digits; everything that is reported is solved to the default tolerance.
-TRAINING = SolverOptions(tolerance=1e-3)
+TRAINING = TrainingConfig(
+    epochs=24,
+    batch_size=128,
+    learning_rate=3e-2,
+    schedule=ScheduleConfig(kind="one_cycle", warm_up=0.25),
+    loss=LossConfig(offset=0.6, temperature=0.12),
+)
 VALIDATED = 128  # test samples whose gradients and Jacobians are compared; outputs are compared on all of them
 HEADINGS = (
     "architecture",
@@ -67,62 +69,9 @@ def new_model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.
     return registry().new_model(name.removesuffix(CONVOLUTIONAL), math.prod(shape), classes, seed, image)
 
 
-def margin_loss(logits: Tensor, labels: Tensor, margin: float, temperature: float) -> Tensor:
-    """CE((logits − margin·onehot)/T, labels)·T: asks for the label to lead by ``margin``, smoothly in T. (B, q), (B,) → ()"""
-    shifted = logits - margin * functional.one_hot(labels, logits.shape[1])
-    return functional.cross_entropy(shifted / temperature, labels) * temperature
-
-
-def train(
-    model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    lipschitz: float,
-    config: TrainConfig,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> None:
-    """Adam with a one-cycle learning rate on `margin_loss` with margin √2·L·offset; the same for the same seed.
-
-    ``x`` (N, p), ``labels`` (N,). A radius ε is certified where the margin exceeds √2·L·ε, so ``offset`` is a radius.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    total = config.epochs * math.ceil(len(x) / config.batch_size)
-    margin = math.sqrt(2.0) * lipschitz * config.offset
-    done = 0
-    model.train()
-    with _loosely_solved(model):
-        for _ in range(config.epochs):
-            for rows in torch.randperm(len(x), generator=generator).split(config.batch_size):
-                # One cycle: up for a quarter of the way, then down to zero, both along a cosine.
-                part = done / (0.25 * total) if done < 0.25 * total else 1.0 - (done / total - 0.25) / 0.75
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * 0.5 * (1.0 - math.cos(math.pi * max(part, 0.04)))
-                optimizer.zero_grad()
-                margin_loss(model(x[rows]), labels[rows], margin, config.temperature).backward()
-                optimizer.step()
-                done += 1
-                progress(done, total)
-    model.eval()
-
-
-@contextmanager
-def _loosely_solved(model: nn.Module) -> Iterator[None]:
-    """Every equilibrium in a model (a module with `SolverOptions`) solves to `TRAINING` inside, and as before outside."""
-    layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "options", None), SolverOptions)]
-    before = [layer.options for layer in layers]
-    try:
-        for layer in layers:
-            layer.options = TRAINING
-        yield
-    finally:
-        for layer, options in zip(layers, before, strict=True):
-            layer.options = options
-
-
 def run_one(
     name: str,
-    config: TrainConfig,
+    config: TrainingConfig,
     training: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     progress: Progress = lambda *_: None,
@@ -140,9 +89,9 @@ def run_one(
     if not name.endswith(CONVOLUTIONAL):
         x, x_test = x.flatten(1), x_test.flatten(1)
     shape = tuple(x.shape[1:])
-    lipschitz = convert(model, shape, check=False).lipschitz
     started = time.perf_counter()
-    train(model, x, labels, lipschitz, config, lambda done, total: progress(name, "training", done, total))
+    samples = TensorDataset(x, labels)
+    train(model, samples, None, config, on_step=lambda done, total, _: progress(name, "training", done, total))
     trained = time.perf_counter()
     progress(name, "converting", 0, 1)
     net = convert(model, shape, check=False)
@@ -169,7 +118,7 @@ def run_one(
 
 def run(
     out: str | Path,
-    config: TrainConfig | None = None,
+    config: TrainingConfig | None = None,
     names: Sequence[str] | None = None,
     limit: int | None = None,
     progress: Progress = lambda *_: None,
@@ -179,7 +128,7 @@ def run(
     ``names``: some of `architectures` (default all); ``limit``: of training and test samples each, for a quick look.
     Raises `EquivalenceError` when a converted network is not its source, `InvalidParameterError` for an unknown name.
     """
-    config = config or TrainConfig()
+    config = config or TRAINING
     known = architectures()
     chosen = known if names is None else list(names)
     for name in chosen:
@@ -262,7 +211,7 @@ def markdown(report: DemoReport) -> str:
         ),
         "",
         f"Training: Adam, {c.epochs} epochs, batches of {c.batch_size}, learning rate {c.learning_rate:g}, "
-        f"offset {c.offset:g}, temperature {c.temperature:g}, seed {c.seed}. "
+        f"offset {c.loss.offset:g}, temperature {c.loss.temperature:g}, seed {c.seed}. "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items())
         + ".",
         "",

@@ -9,7 +9,8 @@ values (FORMULAS 0.6). So L survives every optimiser step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,7 @@ class LBEN(nn.Module):
         for key, shape in shapes.items():
             setattr(self, key, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._inference: _Assembled | None = None
+        self._held: tuple[Tensor, Tensor, Tensor] | None = None
         if fill:
             self.reset_parameters()
 
@@ -168,8 +170,19 @@ class LBEN(nn.Module):
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """(W, U, G) as matrices, for each frequency with an image; differentiable."""
+        if self._held is not None:
+            return self._held
         G, U, V, S = (self.grid.matrices(p) for p in (self.G, self.U, self.V, self.S))
         return assemble(self.Psi, G, U, V, S, self.epsilon, self.lipschitz), U, G
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, `matrices` are assembled once: for a training step that needs W besides the forward pass."""
+        self._held = self.matrices()
+        try:
+            yield
+        finally:
+            self._held = None
 
     def dae(self) -> DAE:
         """The network as a DAE (float64, detached): W rebuilt in float64, Λ = Ψ⁻¹, V with V′V + εI = H/2 left out."""
@@ -276,7 +289,13 @@ class LBEN(nn.Module):
         return self.grid.values(self.grid.affine(G, z, self.b_y))
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = Gz + b_y: (..., p) → (..., q), or (..., p, h, w) → (..., q, h, w)."""
+        """y = Gz + b_y: (..., p) → (..., q), or (..., p, h, w) → (..., q, h, w). Autocast changes nothing here."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.b_z.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         flat = self._flat(x)
         if not torch.is_grad_enabled():
             assembled = self._assembled()
@@ -296,7 +315,7 @@ class LBEN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a file of the whole module takes along: not the assembled W."""
-        return {**self.__dict__, "_inference": None}
+        return {**self.__dict__, "_inference": None, "_held": None}
 
     def get_extra_state(self) -> dict[str, Any]:
         """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""

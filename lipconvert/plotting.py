@@ -1,4 +1,5 @@
-"""Figures: certified accuracy of the demo's architectures, and of one report with its attack; margins against what is needed.
+"""Figures: certified accuracy of the demo's architectures, and of one report with its attack; margins against what is needed;
+the epochs of a training run.
 
 Each is written as a PNG, those of a report also as SVG to stand inside a page, where CSS variables give the colours.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .certify import RADII
 from .files import whole
-from .schema import DemoRow, RobustnessReport
+from .schema import DemoRow, FinetuneReport, RobustnessReport
 
 if TYPE_CHECKING:  # matplotlib is slow to import and most commands draw nothing
     from matplotlib.axes import Axes
@@ -138,6 +139,36 @@ def plot_margins(report: RobustnessReport, path: str | Path) -> None:
         _write(draw_margins(report, WIDE), path)
 
 
+def plot_training(report: FinetuneReport, path: str | Path) -> None:
+    """Loss, and natural and certified accuracy of the validation samples, epoch by epoch, as a PNG; the kept epoch marked."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _look():
+        figure = _figure(WIDE)
+        loss, accuracy = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+        trained = [record for record in report.history if record.loss is not None]
+        loss.plot([r.epoch for r in trained], [r.loss for r in trained], color=INK, marker=".", linewidth=1.2)
+        loss.set_ylabel("loss")
+        measured = [record for record in report.history if record.natural_accuracy is not None]
+        epochs = [record.epoch for record in measured]
+        lines = {"natural": [record.natural_accuracy or 0.0 for record in measured]}
+        for k, radius in enumerate(report.config.radii):
+            lines[f"certified at {radius_name(radius)}"] = [record.certified_accuracy[k] for record in measured]
+        for k, (label, values) in enumerate(lines.items()):
+            look = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
+            accuracy.plot(epochs, _percent(values), label=label, linewidth=1.5, **look)
+        accuracy.set_ylabel("validation accuracy (%)" if measured else "no validation data")
+        accuracy.set_xlabel("epoch")
+        accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in (loss, accuracy):
+            _bare(axes)
+            axes.axvline(report.kept, color=RULE, linewidth=0.8, linestyle=":", zorder=1)
+        handles, labels = accuracy.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9.0)
+        _write(figure, path)
+
+
 def inline_svg(draw: Draw, report: RobustnessReport, layout: Layout, name: str, label: str) -> str:
     """A figure as an <svg> element for an HTML page: the same for the same report, on a transparent ground.
 
@@ -240,19 +271,29 @@ def _look(more: Mapping[str, str] | None = None) -> AbstractContextManager[None]
     return style.context(["default", dict(more or {})])
 
 
-def _axes(layout: Layout, x: str, y: str) -> tuple[Figure, Axes]:
+def _figure(layout: Layout) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(layout.width, layout.height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(layout: Layout, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = _figure(layout)
     axes = figure.add_subplot()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    _bare(axes)
+    return figure, axes
+
+
+def _bare(axes: Axes) -> None:
+    """Horizontal lines behind what is drawn, and no frame above and to the right."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _uprights(axes: Axes, layout: Layout, places: Mapping[float, str], colour: str = RULE, zorder: float = 1) -> None:

@@ -1,0 +1,673 @@
+"""Fine-tune a converted network, or train a source network, with its Lipschitz constant proved after every epoch.
+
+A network of LBEN stages keeps L whatever its optimiser does (`lipconvert.lben`), so Adam on a margin loss is all it takes.
+Source networks are trained by the same loop, and converted after every epoch to see what is proved of them.
+
+Everything random is a function of the seed and the step: the order of an epoch, and the numbers of each augmentation. So the
+state of a run is its weights, its optimiser and its step, and a run that is killed goes on bit for bit where it was saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from .attack import class_labels
+from .augment import Augmentation
+from .certify import Certifier
+from .conditions import H_matrix
+from .convert import convert
+from .data import Images, Shaped
+from .equilibrium import SolverOptions
+from .errors import InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
+from .files import whole
+from .lben import LBEN
+from .network import Network
+from .schema import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig, TrainingSummary
+from .shards import fingerprint, over
+from .spectrum import least_eigenvalue
+
+# Of H(Ψ⁻¹, L) = 2V′V + 2εI in float64, whose entries have the size of Λ: its round-off is far below.
+LEAST_EIGENVALUE = -1e-8
+
+# Files of a run in its folder.
+STATE, METRICS, REPORT, CURVES = "state.pt", "metrics.csv", "report.json", "curves.png"
+
+# Kernel entries of a converted W below this part of the largest are round-off of the transform.
+SUPPORT = 1e-9
+
+OnStep = Callable[[int, int, float], object]
+"""(step, steps in all, loss)."""
+OnEpoch = Callable[[EpochRecord], object]
+
+
+def finetune(
+    net: Network,
+    train: Any,
+    validation: Any = None,
+    config: TrainingConfig | None = None,
+    *,
+    folder: str | Path | None = None,
+    save_seconds: float = 60.0,
+    model: str = "",
+    data: str = "",
+    tensorboard: bool = False,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> FinetuneReport:
+    """Train a converted network on, in place: its function gets better, its constant L stays, proved after every epoch.
+
+    ``train``, ``validation``: map-style data sets of (input, label) or loaders, held in memory; inputs in [0, 1], in the
+    shape of the network or as images (C, H, W) where it is flat. Without ``validation`` the last ``config.held_out``
+    samples of a shuffled ``train`` are used, and with none of them the last weights are kept. ``config``: see
+    `TrainingConfig`. After every epoch λ_min(H) ≥ −1e-8 is checked, L is proved of the network in float64, and certified
+    accuracy is measured with it (`EpochRecord`). At the end the network holds the weights kept, in the precision it was
+    trained in, in ``eval`` mode.
+
+    ``folder``: keep the state of the run there, saved every ``save_seconds`` and at the end of an epoch, and go on from it
+    after a kill: final weights are bitwise those of a run in one go (on one machine, with as many threads). Also
+    metrics.csv, report.json, curves.png, and with ``tensorboard`` events. ``on_step`` and ``on_epoch`` are called as it
+    goes. Under torchrun, or with ``config.devices`` > 1, processes take equal shares of every batch.
+
+    Raises `NotFiniteError` when the loss or the weights are no longer finite (naming the step), `NotConvergedError` from an
+    equilibrium, `NotPSDError` and `NoCertificateError` when the constant is lost, `InvalidParameterError` for a
+    configuration that does not fit, or a folder of another run, and `ShapeError` for data that do not fit.
+    """
+    if not isinstance(net, Network):
+        hint = "only a converted network is fine-tuned: lipconvert.convert(model). lipconvert.train takes source models"
+        raise InvalidParameterError("net", type(net).__name__, hint)
+    about = _About(model, data, net.input_shape, folder, save_seconds, tensorboard, on_step, on_epoch)
+    return _fit(net, lambda: net, train, validation, config or TrainingConfig(), about)
+
+
+def train(
+    model: nn.Module,
+    train: Any,
+    validation: Any = None,
+    config: TrainingConfig | None = None,
+    *,
+    input_shape: Iterable[int] | None = None,
+    plugin: str | None = None,
+    folder: str | Path | None = None,
+    save_seconds: float = 60.0,
+    name: str = "",
+    data: str = "",
+    tensorboard: bool = False,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> FinetuneReport:
+    """Train a source network of a registered architecture, in place, with the loop of `finetune`.
+
+    After every epoch it is converted, to prove its constant and to measure certified accuracy. ``input_shape``, ``plugin``:
+    as for `convert`. The rest, and what is raised, is as for `finetune`; ``name`` is its ``model``.
+    """
+    shape = None if input_shape is None else tuple(input_shape)
+
+    def converted() -> Network:
+        return convert(model, shape, plugin=plugin, check=False)
+
+    about = _About(name, data, converted().input_shape, folder, save_seconds, tensorboard, on_step, on_epoch)
+    return _fit(model, converted, train, validation, config or TrainingConfig(), about)
+
+
+def margin_loss(logits: Tensor, labels: Tensor, margin: float, temperature: float, reduction: str = "mean") -> Tensor:
+    """CE((y − margin·onehot)/T, labels)·T: asks for the label to lead by ``margin``, smoothly in T. (B, q), (B,) → ()"""
+    shifted = logits - margin * functional.one_hot(labels, logits.shape[1])
+    return functional.cross_entropy(shifted / temperature, labels, reduction=reduction) * temperature
+
+
+def schedule_factor(schedule: ScheduleConfig, step: int, total: int) -> float:
+    """The learning rate of a step 0..total − 1 as a part of its peak. (`ScheduleConfig`)"""
+    part, up = (step + 0.5) / total, schedule.warm_up  # in the middle of the step: never 0
+    if schedule.kind == "constant":
+        return 1.0
+    if schedule.kind == "triangular":
+        corners = ((0.0, 0.0), (0.4, 1.0), (0.8, 0.05), (1.0, 0.0))
+        for (a, low), (b, high) in pairwise(corners):
+            if part <= b:
+                return low + (high - low) * (part - a) / (b - a)
+    share = part / up if part < up else (1.0 - part) / (1.0 - up)
+    return share if schedule.kind == "linear" else 0.5 * (1.0 - math.cos(math.pi * share))
+
+
+class Samples:
+    """A data set in memory: inputs as they are stored, labels, and one batch of them as floats.
+
+    ``x`` (N, ...) of any dtype, divided by ``top``; ``labels`` (N,).
+    """
+
+    def __init__(self, x: Tensor, labels: Tensor, top: float) -> None:
+        self.x, self.labels, self.top = x, labels, top
+
+    @classmethod
+    def of(cls, data: Any, where: str) -> Samples:
+        """Of a map-style data set of (input, label), or of the batches of a loader.
+
+        Raises `InvalidParameterError` for what is neither, or empty, and for labels that are no integers.
+        """
+        if isinstance(data, Shaped):
+            images = data.images
+            return cls(images.pixels[: len(data)], images.labels[: len(data)], images.top)
+        if isinstance(data, Images):
+            return cls(data.pixels, data.labels, data.top)
+        if type(data) is TensorDataset and len(data.tensors) == 2:
+            x, labels = data.tensors
+        elif hasattr(data, "__getitem__") or isinstance(data, DataLoader):
+            batches = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=256)
+            pairs = [tuple(batch) for batch in batches]
+            if not pairs or any(len(pair) != 2 for pair in pairs):
+                raise InvalidParameterError(where, type(data).__name__, "it must be a data set of (input, label)")
+            x, labels = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*pairs, strict=True))
+        else:
+            raise InvalidParameterError(where, type(data).__name__, "it must be a data set of (input, label)")
+        if len(x) == 0:
+            raise InvalidParameterError(where, "empty", "at least one sample is needed")
+        if not x.is_floating_point():
+            raise InvalidParameterError(
+                f"the inputs of {where}", x.dtype, "pixels must be floats (in [0, 1], not 0..255)"
+            )
+        if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(x):
+            shape = f"{labels.dtype} {tuple(labels.shape)}"
+            raise InvalidParameterError(f"the labels of {where}", shape, f"they must be ({len(x)},) integers")
+        return cls(x, labels.long(), 1.0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return tuple(self.x.shape[1:])
+
+    def to(self, device: torch.device) -> Samples:
+        """The same, on a device."""
+        return Samples(self.x.to(device), self.labels.to(device), self.top)
+
+    def part(self, rows: Tensor | slice) -> Samples:
+        """Some of them."""
+        return Samples(self.x[rows], self.labels[rows], self.top)
+
+    def batch(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(inputs (B, ...) in [0, 1], labels (B,))."""
+        rows = rows.to(self.labels.device)
+        x = self.x[rows].to(dtype)
+        return (x if self.top == 1.0 else x / self.top), self.labels[rows]
+
+    def dataset(self, shape: Sequence[int], dtype: torch.dtype) -> TensorDataset:
+        """All of them in the shape a network takes."""
+        x, labels = self.batch(torch.arange(len(self)), dtype)
+        return TensorDataset(x.reshape(-1, *shape), labels)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a run is told besides its data and its configuration."""
+
+    model: str
+    data: str
+    input_shape: tuple[int, ...]
+    folder: str | Path | None
+    save_seconds: float
+    tensorboard: bool
+    on_step: OnStep | None
+    on_epoch: OnEpoch | None
+
+
+def _fit(
+    model: nn.Module,
+    converted: Callable[[], Network],
+    train: Any,
+    validation: Any,
+    config: TrainingConfig,
+    about: _About,
+) -> FinetuneReport:
+    samples, held = _split(train, validation, config, about.input_shape)
+    fabric = _fabric(config, about)
+    run = _Run(model, converted, samples, held, config, about, fabric)
+    with run.prepared():
+        run.resume()
+        run.go()
+    return run.finish()
+
+
+def _split(
+    train: Any, validation: Any, config: TrainingConfig, shape: tuple[int, ...]
+) -> tuple[Samples, Samples | None]:
+    """Training and validation samples, in shapes the network takes."""
+    samples = Samples.of(train, "the training data")
+    held = None if validation is None else Samples.of(validation, "the validation data")
+    if held is None and config.held_out:
+        if config.held_out >= len(samples):
+            raise InvalidParameterError(
+                "held_out", config.held_out, f"there are {len(samples)} training samples in all"
+            )
+        order = torch.randperm(len(samples), generator=_generator(config.seed, 0, 0))
+        samples, held = samples.part(order[: -config.held_out]), samples.part(order[-config.held_out :])
+    if held is not None and config.validation_samples is not None:
+        held = held.part(slice(config.validation_samples))
+    for part, what in ((samples, "training"), (held, "validation")):
+        if part is not None and part.shape != shape and (math.prod(part.shape),) != shape:
+            raise ShapeError(f"a sample of the {what} data", shape, part.shape)
+    if held is None and config.patience is not None:
+        raise InvalidParameterError("patience", config.patience, "there are no validation data to be patient about")
+    return samples, held
+
+
+def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
+    """The random numbers of one thing that happens in a run, the same whatever came before it."""
+    # Three numbers into one seed: a linear map modulo 2^63 − 25, whose multipliers keep small ones apart.
+    number = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + step * 0x8CB92BA72F3D8DD7) % (2**63 - 25)
+    return torch.Generator().manual_seed(number)
+
+
+def _fabric(config: TrainingConfig, about: _About) -> Any:
+    """Lightning's Fabric: devices, processes, precision, loggers."""
+    from lightning.fabric import Fabric
+
+    given = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    devices = max(config.devices, given)
+    loggers: list[Any] = []
+    if about.tensorboard:
+        if about.folder is None:
+            raise InvalidParameterError("tensorboard", True, "a folder is needed for its files")
+        from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+
+        try:
+            loggers.append(TensorBoardLogger(about.folder, name="", version="tensorboard"))
+        except ModuleNotFoundError as error:
+            raise InvalidParameterError(
+                "tensorboard", True, "it is not installed: pip install lipconvert[tensorboard]"
+            ) from error
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=devices,
+        num_nodes=int(os.environ.get("WORLD_SIZE", devices)) // devices if given > 1 else 1,
+        strategy="ddp" if devices > 1 else "auto",
+        precision=config.precision,
+        loggers=loggers,
+    )
+    fabric.launch()
+    return fabric
+
+
+class _Support:
+    """Where the kernels W of a stage on images may be other than 0, and what it costs elsewhere. (paper 4.1)"""
+
+    def __init__(self, stage: LBEN) -> None:
+        with torch.no_grad():
+            W = stage.grid.kernels(stage.matrices()[0]).abs()
+            inside = SUPPORT * W.amax() < W
+        self.stage, self.outside = stage, ~inside
+
+    def cost(self, norm: str) -> Tensor:
+        """‖W outside‖, 1 or 2."""
+        outside = self.stage.grid.kernels(self.stage.matrices()[0])[self.outside]
+        return outside.abs().sum() if norm == "l1" else torch.linalg.vector_norm(outside)
+
+    def frozen(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each of G, U, V, S and the mask of the entries that stay: for V those of I, W and W′, as V′V is symmetric."""
+        stage = self.stage
+        for parameter in (stage.G, stage.U, stage.S):
+            yield parameter, parameter.detach() == 0
+        flipped = self.outside.transpose(0, 1).flip(2, 3).roll((1, 1), (2, 3))  # the kernels of W′
+        eye = torch.eye(len(self.outside), dtype=torch.bool, device=self.outside.device)
+        outside = self.outside & flipped
+        outside[:, :, 0, 0] &= ~eye
+        yield stage.V, outside
+
+
+class _Run:
+    """One run: what it needs, and its state, which can be saved between any two steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        converted: Callable[[], Network],
+        samples: Samples,
+        held: Samples | None,
+        config: TrainingConfig,
+        about: _About,
+        fabric: Any,
+    ) -> None:
+        self.model, self.converted, self.config, self.about, self.fabric = model, converted, config, about, fabric
+        self.rank, self.world, self.device = fabric.global_rank, fabric.world_size, fabric.device
+        self.dtype = torch.float64 if config.precision == "64-true" else torch.float32
+        if config.batch_size < self.world:
+            raise InvalidParameterError("batch_size", config.batch_size, f"there are {self.world} processes")
+        self.samples, self.held = samples.to(self.device), held
+        self.augmentation = Augmentation(config.augment, samples.shape)
+        self.stages = [module for module in model.modules() if isinstance(module, LBEN)]
+        self.per_epoch = math.ceil(len(samples) / config.batch_size)
+        self.total = config.epochs * self.per_epoch
+        # The state of the run.
+        self.step = 0
+        self.sums = {"loss": 0.0, "penalty": 0.0, "seconds": 0.0}
+        self.history: list[EpochRecord] = []
+        self.kept, self.weights = 0, dict[str, Any]()
+        self.saved_at = time.monotonic()
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The model as it is trained: its dtype and device, ε, roots, frozen parameters, loose solves; as before outside."""
+        config, model = self.config, self.model
+        start = fingerprint(model)
+        given = {"start": start, "train": len(self.samples), "validation": 0 if self.held is None else len(self.held)}
+        self.key = {**config.model_dump(mode="json"), **given}
+        self._require_stages()
+        model.to(self.dtype)
+        with torch.no_grad():
+            for k, stage in enumerate(self.stages):
+                if config.epsilon is not None:
+                    stage.epsilon = config.epsilon
+                if config.roots:
+                    _grow_roots(stage, config.roots, _generator(config.seed, 0, 1 + k))
+                stage.refresh()
+        groups = self._groups()
+        trained = {id(p) for group in groups for p in group["params"]}
+        resting = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+        with ExitStack() as stack:
+            stack.enter_context(loosely_solved(model, config.tolerance))
+            for parameter in resting:
+                parameter.requires_grad_(False)
+                stack.callback(parameter.requires_grad_, True)
+            self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
+            if config.penalty.freeze:
+                for support in self.supports:
+                    for parameter, mask in support.frozen():
+                        if parameter.requires_grad:
+                            handle = parameter.register_hook(lambda g, m=mask: g.masked_fill(m.to(g.device), 0.0))
+                            stack.callback(handle.remove)
+            self.optimizer = torch.optim.Adam(
+                groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            )
+            self.wrapped, self.stepper = self.fabric.setup(model, self.optimizer)
+            yield
+            model.eval()
+
+    @property
+    def _penalised(self) -> bool:
+        return self.config.penalty.weight > 0.0 or self.config.penalty.freeze
+
+    def _require_stages(self) -> None:
+        """Options that are about LBEN stages need some."""
+        config, default = self.config, TrainingConfig()
+        needs = [n for n in ("learning_rates", "epsilon", "roots") if getattr(config, n) != getattr(default, n)]
+        if needs and not self.stages:
+            raise InvalidParameterError(needs[0], getattr(config, needs[0]), "only a converted network has such stages")
+        if self._penalised and not any(stage.grid for stage in self.stages):
+            raise InvalidParameterError("penalty", config.penalty, "no stage of the network is on images")
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by what stands in their names, each with the factor of its learning rate."""
+        names = {"log_psi": "Psi", "G": "G", "U": "U", "V": "V", "S": "S", "b_z": "b", "b_y": "b"}
+        of_stage = {id(p): names[n] for stage in self.stages for n, p in stage.named_parameters(recurse=False)}
+        found: dict[float, list[nn.Parameter]] = {}
+        for parameter in self.model.parameters():
+            group = of_stage.get(id(parameter))
+            factor = 1.0 if group is None else getattr(self.config.learning_rates, group)
+            if parameter.requires_grad and factor > 0.0:
+                found.setdefault(factor, []).append(parameter)
+        if not found:
+            raise InvalidParameterError("learning_rates", self.config.learning_rates, "nothing is left to train")
+        return [{"params": parameters, "factor": factor} for factor, parameters in found.items()]
+
+    def go(self) -> None:
+        """From where the state is to the end."""
+        if not self.history:
+            self._close(0)
+        self.begun = time.perf_counter()
+        while self.step < self.total and not self.stopped:
+            epoch, first = divmod(self.step, self.per_epoch)
+            generator = _generator(self.config.seed, 1 + epoch, 0)
+            order = torch.randperm(len(self.samples), generator=generator).split(self.config.batch_size)
+            self.wrapped.train()
+            for rows in order[first:]:
+                loss = self._step(rows, epoch)
+                if self.about.on_step is not None and self.rank == 0:
+                    self.about.on_step(self.step, self.total, loss)
+                if self.step % self.per_epoch and time.monotonic() - self.saved_at >= self.about.save_seconds:
+                    self.save()
+            self._close(epoch + 1)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the patience is at its end."""
+        patience = self.config.patience
+        return patience is not None and len(self.history) - 1 - self._best() >= patience
+
+    def _best(self) -> int:
+        """The epoch of the best mean certified accuracy, the first of equals."""
+        means = [sum(record.certified_accuracy) for record in self.history]
+        return means.index(max(means))
+
+    def _step(self, rows: Tensor, epoch: int) -> float:
+        config = self.config
+        draws = self.augmentation.draw(len(rows), _generator(config.seed, 1 + epoch, 1 + self.step))
+        share = slice(self.rank, None, self.world)
+        mine, weight = rows[share], self.world / len(rows)
+        if len(mine) == 0:  # the last batch of an epoch may be smaller than the number of processes
+            share, mine, weight = slice(0, 1), rows[:1], 0.0
+        x, labels = self.samples.batch(mine, self.dtype)
+        if config.augment != type(config.augment)():
+            x = self.augmentation(x, draws[share])
+        rate = config.learning_rate * schedule_factor(config.schedule, self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimizer.zero_grad()
+        with ExitStack() as stack:
+            if config.penalty.weight:
+                for support in self.supports:
+                    stack.enter_context(support.stage.held())
+            logits = self.wrapped(x.reshape(len(x), *self.about.input_shape))
+            logits = logits.to(self.dtype)
+            margin = math.sqrt(2.0) * self.history[-1].lipschitz * config.loss.offset
+            loss = weight * margin_loss(logits, labels, margin, config.loss.temperature, "sum")
+            costs = [
+                config.penalty.weight * s.cost(config.penalty.norm) for s in self.supports if config.penalty.weight
+            ]
+            cost = torch.stack(costs).sum() if costs else loss.new_zeros(())
+            self.fabric.backward(loss + cost)
+        if config.clip is not None:
+            self.fabric.clip_gradients(self.wrapped, self.stepper, max_norm=config.clip)
+        self.stepper.step()
+        self.step += 1
+        value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))
+        penalty = float(cost.detach())
+        if not math.isfinite(value + penalty):
+            raise NotFiniteError(f"the loss of step {self.step}, at learning rate {rate:g}", 1, 1)
+        self.sums["loss"] += value * len(rows)
+        self.sums["penalty"] += penalty * len(rows)
+        return value + penalty
+
+    def _close(self, epoch: int) -> None:
+        """The end of an epoch (0: before the first): what is proved, what is measured, what is kept."""
+        self.sums["seconds"] += time.perf_counter() - self.begun if epoch else 0.0
+        self.model.eval()
+        for name, parameter in self.model.named_parameters():
+            if bad := int((~torch.isfinite(parameter)).sum()):
+                raise NotFiniteError(f"{name} after step {self.step}", bad, parameter.numel())
+        with loosely_solved(self.model, None):
+            net = copy.deepcopy(self.converted()).cpu().double()
+        certifier = Certifier(net, "prescribed")
+        if not epoch:
+            class_labels(self.samples.labels, torch.empty(()).expand(len(self.samples), certifier.classes))
+        found = measure(certifier, self.held, self.config)
+        count = len(self.samples)
+        record = EpochRecord(
+            epoch=epoch,
+            step=self.step,
+            learning_rate=self.config.learning_rate * schedule_factor(self.config.schedule, self.step, self.total)
+            if self.step < self.total
+            else 0.0,
+            loss=self.sums["loss"] / count if epoch else None,
+            penalty=self.sums["penalty"] / count if epoch and self.config.penalty.weight else None,
+            seconds=self.sums["seconds"],
+            **found,
+        )
+        self.history.append(record)
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        if self.held is None or self.config.keep == "last" or self._best() == epoch:
+            self.kept, self.weights = epoch, copy.deepcopy(self.model.state_dict())
+        if self.rank == 0:
+            self.save()
+            self._tell(record)
+        self.begun = time.perf_counter()
+
+    def _tell(self, record: EpochRecord) -> None:
+        if self.about.on_epoch is not None:
+            self.about.on_epoch(record)
+        if self.about.folder is not None:
+            with whole(Path(self.about.folder) / METRICS) as partial, partial.open("w", newline="") as file:
+                writer = csv.writer(file)
+                rows = [_flat(entry) for entry in self.history]
+                writer.writerow(rows[0])
+                writer.writerows(row.values() for row in rows)
+        numbers = {k: v for k, v in _flat(record).items() if isinstance(v, float)}
+        self.fabric.log_dict(numbers, step=record.step)
+
+    # What is saved, and found again.
+
+    def save(self) -> None:
+        """The whole state into the folder, at once; only the first process writes."""
+        self.saved_at = time.monotonic()
+        if self.about.folder is None or self.rank != 0:
+            return
+        sums = dict(self.sums)
+        if self.step % self.per_epoch:
+            sums["seconds"] += time.perf_counter() - self.begun
+        state = {
+            "key": self.key,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "sums": sums,
+            "history": [record.model_dump(mode="json") for record in self.history],
+            "kept": self.kept,
+            "weights": self.weights,
+        }
+        with whole(Path(self.about.folder) / STATE) as partial:
+            torch.save(state, partial)
+
+    def resume(self) -> None:
+        """The state from the folder, if there is one. Raises `InvalidParameterError` if it is of another run."""
+        path = None if self.about.folder is None else Path(self.about.folder) / STATE
+        if path is None or not path.is_file():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["key"] != self.key:
+            differ = [k for k in self.key if state["key"].get(k) != self.key[k]]
+            shown = ", ".join(f"{k}: {state['key'].get(k)!r} there, {self.key[k]!r} here" for k in differ[:3])
+            raise InvalidParameterError("folder", str(path.parent), f"it must hold a run of the same kind; {shown}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.sums = state["step"], state["sums"]
+        self.history = [EpochRecord.model_validate(record) for record in state["history"]]
+        self.kept, self.weights = state["kept"], state["weights"]
+
+    def finish(self) -> FinetuneReport:
+        """The weights kept into the model, and the report."""
+        config, about = self.config, self.about
+        self.model.load_state_dict(self.weights)
+        if isinstance(self.model, Network):
+            kept = self.history[self.kept]
+            self.model.training_summary = TrainingSummary(
+                data=about.data,
+                epochs=self.kept,
+                notes={"seed": config.seed, "learning_rate": config.learning_rate, "loss": kept.loss},
+            )
+        report = FinetuneReport(
+            model=about.model or type(self.model).__name__,
+            data=about.data,
+            train_samples=len(self.samples),
+            validation_samples=0 if self.held is None else len(self.held),
+            config=config,
+            history=self.history,
+            kept=self.kept,
+            stopped_early=self.step < self.total,
+            processes=self.world,
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            versions={"python": platform.python_version()}
+            | {n: version(n) for n in ("lipconvert", "torch", "lightning")},
+            seconds=sum(record.seconds for record in self.history),
+        )
+        if about.folder is not None and self.rank == 0:
+            from .plotting import plot_training
+
+            report.write(Path(about.folder) / REPORT)
+            plot_training(report, Path(about.folder) / CURVES)
+        return report
+
+
+def measure(certifier: Certifier, held: Samples | None, config: TrainingConfig) -> dict[str, Any]:
+    """The fields of an `EpochRecord` that are proved of a network (float64), or measured with the proof.
+
+    Raises `NotPSDError` below `LEAST_EIGENVALUE`.
+    """
+    net, least = certifier.net, math.inf
+    for stage in net.stages:
+        least = min(least, margin := least_eigenvalue(H_matrix(stage.dae())))
+        if margin < LEAST_EIGENVALUE:
+            raise NotPSDError(f"H(Ψ⁻¹, L) of {stage.name!r}", margin, -LEAST_EIGENVALUE)
+    found: dict[str, Any] = {
+        "least_eigenvalue": least if net.stages else 0.0,
+        "lipschitz": net.lipschitz,
+        "proved_lipschitz": certifier.bounds[0].lipschitz,
+        "delta": certifier.delta,
+    }
+    if held is not None:
+        data = held.dataset(net.input_shape, torch.float64)
+        results = over(data, lambda x, labels, start: certifier(x, labels))
+        radius = results["radius"][:, 0]
+        right = results["correct"]
+        found["natural_accuracy"] = float(right.double().mean())
+        found["certified_accuracy"] = [float((right & (radius > r)).double().mean()) for r in config.radii]
+    return found
+
+
+@contextmanager
+def loosely_solved(model: nn.Module, tolerance: float | None) -> Iterator[None]:
+    """Every equilibrium in a model (a module with `SolverOptions`) solves to a tolerance inside, and as before outside.
+
+    Gradients of minibatches need no thirteen digits; None is the dtype's own tolerance, for what is reported.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "options", None), SolverOptions)]
+    before = [layer.options for layer in layers]
+    try:
+        for layer in layers:
+            layer.options = SolverOptions(tolerance=tolerance)
+        yield
+    finally:
+        for layer, options in zip(layers, before, strict=True):
+            layer.options = options
+
+
+def _grow_roots(stage: LBEN, size: float, generator: torch.Generator) -> None:
+    """Random entries into the rows of V that are zero: ∂(V′V)/∂V = 0 there, so that no gradient would ever move them."""
+    V = stage.V.detach()
+    rows = (V == 0).flatten(1).all(1).nonzero().flatten()
+    if len(rows):
+        entries = torch.randn(len(rows), *V.shape[1:], generator=generator, dtype=torch.float64)
+        V[rows] = (size / math.sqrt(V[0].numel()) * entries).to(V)
+
+
+def _flat(record: EpochRecord) -> dict[str, Any]:
+    """A record as a row of metrics.csv."""
+    row = record.model_dump(mode="json")
+    certified = row.pop("certified_accuracy")
+    return row | {f"certified_accuracy_{k}": value for k, value in enumerate(certified)}
