@@ -38,7 +38,7 @@ from torch.utils.data import TensorDataset
 import lipconvert as lc
 from lipconvert import data
 from lipconvert.certify import RADII
-from lipconvert.demo import TRAINING, margin_loss
+from lipconvert.schema import LossConfig, ScheduleConfig
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
@@ -220,25 +220,18 @@ class Run:
 
 
 def train(network: Network, budget: Budget, model: nn.Module, part: Split, run: Run) -> None:
-    """Adam at a constant rate on the margin loss with margin √2·offset, in float32; the same for the same seed."""
-    equilibria: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "options", None), lc.SolverOptions)]
-    for layer in equilibria:  # minibatch gradients need no thirteen digits
-        layer.options = TRAINING
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=network.learning_rate)
-    total = budget.epochs * math.ceil(len(part.x) / network.batch)
-    done = 0
-    for _ in range(budget.epochs):
-        for rows in torch.randperm(len(part.x), generator=generator).split(network.batch):
-            optimizer.zero_grad()
-            loss = margin_loss(model(part.x[rows]), part.labels[rows], 2.0**0.5 * network.offset, network.temperature)
-            loss.backward()
-            optimizer.step()
-            done += 1
-            if done % 10 == 0:
-                run.tell(network.name, "training", done, total)
-    for layer in equilibria:
-        layer.options = lc.SolverOptions()
+    """Adam at a constant rate on the margin loss, in float32; the same for the same seed."""
+    config = lc.TrainingConfig(
+        epochs=budget.epochs,
+        batch_size=network.batch,
+        learning_rate=network.learning_rate,
+        schedule=ScheduleConfig(kind="constant"),
+        loss=LossConfig(offset=network.offset, temperature=network.temperature),
+    )
+    samples = TensorDataset(part.x, part.labels)
+    lc.train(
+        model, samples, None, config, on_step=lambda done, total, _: run.tell(network.name, "training", done, total)
+    )
 
 
 def trained(network: Network, budget: Budget, run: Run) -> tuple[nn.Module, float]:

@@ -1,4 +1,4 @@
-"""The command line: ``lipconvert plugins | demo | convert | validate | certify | tighten | export | verify | info``.
+"""The command line: ``lipconvert plugins | demo | convert | validate | train | finetune | table | certify | ...``.
 
 Exit codes: 0 done; 1 the claim does not hold (`EquivalenceError`, a failed validation or verification); 2 bad input (any
 other `LipconvertError`, or a file that cannot be read or written); 130 interrupted. Results go to stdout, progress and
@@ -22,6 +22,7 @@ from typing import Annotated, Any, ParamSpec
 
 import torch
 import typer
+import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
@@ -30,7 +31,7 @@ from rich.table import Table
 from rich.table import box as frames
 from torch import Tensor, nn
 
-from . import checkpoint, container, data, demo, interchange
+from . import checkpoint, container, data, demo, interchange, recipes
 from .attack import METHODS as ATTACKS
 from .attack import empirical_lipschitz
 from .bounds import lipschitz_bound
@@ -46,22 +47,30 @@ from .errors import (
     WeightsError,
 )
 from .files import whole
+from .finetune import CURVES, METRICS, REPORT
+from .finetune import finetune as finetune_network
+from .finetune import train as train_network
 from .network import Network
+from .plotting import radius_name
 from .registry import plugins as registered
 from .report import require_page
 from .report import write as write_report
 from .schema import (
     AttackConfig,
     ConversionReport,
+    EpochRecord,
+    FinetuneReport,
     GraphEntry,
+    ModelConfig,
     NetworkInfo,
     PluginList,
     PluginRecord,
     RobustnessReport,
     StageProof,
+    TrainingConfig,
     ValidationReport,
 )
-from .shards import processes
+from .shards import place, processes
 from .validate import validate as validate_network
 from .verify import verify as verify_checkpoint
 from .weights import from_state_dict, read_weights
@@ -945,6 +954,278 @@ def verify(
         _console().print(escape(str(report)), soft_wrap=True, highlight=False)
     if not report.passed:
         raise typer.Exit(1)
+
+
+DataOption = Annotated[str | None, typer.Option("--data", help=f"{', '.join(data.NAMES)}; a recipe says it itself")]
+DataDirOption = Annotated[Path, typer.Option("--data-dir", help="where the files of the torchvision sets are")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="a YAML file of training options")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="a training option, such as loss.offset=0.5; repeatable"),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="in place of the recipe's or the config's")]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="only the first training and test samples, to try it out")
+]
+FolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="folder of the run, which goes on there after a kill; of all results, for a recipe"
+    ),
+]
+TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="write events for it, besides metrics.csv")]
+
+
+def _settings(given: Sequence[str] | None) -> dict[str, Any]:
+    """``--set`` as plain data, by dotted names."""
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise InvalidParameterError("--set", repr(text), "it must read NAME=VALUE, such as loss.offset=0.5")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InvalidParameterError(f"--set {name}", repr(value), "it must be a value as YAML has it") from None
+    return found
+
+
+class _Training:
+    """Bars and one line for each epoch, on stderr."""
+
+    def __init__(self, bars: Progress, quiet: bool) -> None:
+        self.bars, self.quiet, self.name = bars, quiet, ""
+        self.task = bars.add_task("reading", total=None)
+
+    def told(self, name: str, what: str) -> None:
+        self.name = name
+        self.bars.update(self.task, description=f"{name}: {what}", total=None, completed=0)
+
+    def on_step(self, step: int, total: int, loss: float) -> None:
+        self.bars.update(self.task, description=f"{self.name}: loss {loss:.4f}", completed=step, total=total)
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        if self.quiet:
+            return
+        parts = [f"{self.name}: epoch {record.epoch}"]
+        if record.loss is not None:
+            parts.append(f"loss {record.loss:.4f}")
+        if record.natural_accuracy is not None:
+            certified = " / ".join(f"{100 * value:.1f}" for value in record.certified_accuracy)
+            parts.append(f"natural {100 * record.natural_accuracy:.1f}, certified {certified}")
+        parts.append(f"L proved {record.proved_lipschitz:.9g}, least eigenvalue of H {record.least_eigenvalue:.1e}")
+        self.bars.console.print(escape(", ".join(parts)), soft_wrap=True)
+
+
+def _is_recipe(model: str) -> bool:
+    return Path(model).suffix in recipes.SUFFIXES
+
+
+def _run_recipe(
+    path: str,
+    out: Path | None,
+    seed: int | None,
+    data_dir: Path,
+    given: dict[str, Any],
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    changes = {f"training.{name}": value for name, value in given.items()}
+    with _progress(quiet=place()[0] > 0) as bars:
+        shown = _Training(bars, as_json)
+        order = recipes.Order(out or recipes.DEFAULT, data_dir, limit, shown.told, shown.on_step, shown.on_epoch)
+        result = recipes.run(path, order, seed=seed, changes=changes)
+    if place()[0] > 0:
+        return
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+        return
+    _print_table(*recipes.rows_of({Path(path): [result]}))
+    folder = recipes.folder_of(path, out or recipes.DEFAULT, result.seed)
+    _console().print(
+        escape(f"wrote {folder}: {recipes.RESULT}, {recipes.NETWORK}, and the run's files"), soft_wrap=True
+    )
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=frames.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="accuracy (%), certified at l2 radii")
+    for k, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if k < 3 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _console().print(table)
+
+
+def _training_config(config: Path | None, given: dict[str, Any], seed: int | None) -> TrainingConfig:
+    changes = given | ({} if seed is None else {"seed": seed})
+    if config is not None:
+        return recipes.read(config, TrainingConfig, changes)
+    return recipes.checked({}, TrainingConfig, "--set", changes)
+
+
+def _samples(name: str | None, data_dir: Path, limit: int | None) -> tuple[data.Images, data.Images]:
+    if name is None:
+        raise InvalidParameterError("--data", "missing", f"it must say what to train on: {', '.join(data.NAMES)}")
+    order = recipes.Order(data_dir=data_dir, limit=limit)
+    return order.data(name, "train"), order.data(name, "test")
+
+
+def _print_run(report: FinetuneReport, out: Path, as_json: bool, what: str) -> None:
+    if place()[0] > 0:
+        return
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+        return
+    table = Table(box=frames.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="validation accuracy (%), certified at l2 radii")
+    for heading in ("epoch", "loss", "natural", *map(radius_name, report.config.radii), "L proved", "seconds"):
+        table.add_column(heading, justify="right")
+    for record in report.history:
+        accuracies = [record.natural_accuracy, *record.certified_accuracy]
+        measured = [] if record.natural_accuracy is None else [f"{100 * (value or 0.0):.2f}" for value in accuracies]
+        table.add_row(
+            f"{record.epoch}{' (kept)' if record.epoch == report.kept else ''}",
+            "" if record.loss is None else f"{record.loss:.4f}",
+            *(measured or ["-"] * (1 + len(report.config.radii))),
+            f"{record.proved_lipschitz:.7g}",
+            f"{record.seconds:.1f}",
+        )
+    console = _console()
+    console.print(table)
+    console.print(escape(f"wrote {out}: {what}, {REPORT}, {METRICS}, {CURVES}"), soft_wrap=True)
+
+
+@app.command("train")
+@_answers
+def train_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="package.module:factory, a plugin's name, or a recipe (NAME.yaml)")
+    ],
+    data_name: DataOption = None,
+    out: FolderOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    argument: Annotated[
+        list[str] | None, typer.Option("--argument", metavar="NAME=VALUE", help="of the factory; repeatable")
+    ] = None,
+    seed: SeedOption = None,
+    data_dir: DataDirOption = Path("data"),
+    limit: LimitOption = None,
+    tensorboard: TensorboardOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a source network from scratch: any plugin's, for what its constant certifies; its constant proved every epoch."""
+    if _is_recipe(model):
+        _only_recipe({"--data": data_name, "--config": config, "--argument": argument, "--tensorboard": tensorboard})
+        _run_recipe(model, out, seed, data_dir, _settings(settings), limit, as_json)
+        return
+    asked = _training_config(config, _settings(settings), seed)
+    images, test = _samples(data_name, data_dir, limit)
+    folder = out or Path("runs") / model.rpartition(":")[2]
+    if ":" in model:
+        source = recipes.built(ModelConfig(factory=model, arguments=_settings(argument)), "--argument", asked.seed)
+    else:
+        classes = int(max(images.labels.max(), test.labels.max())) + 1
+        new = demo.new_model(model, images.shape, classes, asked.seed)
+        if new is None:
+            known = ", ".join(demo.architectures())
+            raise ModelError(model, f"it is neither package.module:factory, nor a plugin with a new model: {known}")
+        source = new
+    with _progress(quiet=place()[0] > 0) as bars:
+        shown = _Training(bars, as_json)
+        shown.told(folder.name, "training")
+        report = train_network(
+            source,
+            images,
+            None if asked.held_out else test,
+            asked,
+            folder=folder,
+            name=model,
+            data=data_name or "",
+            tensorboard=tensorboard,
+            on_step=shown.on_step,
+            on_epoch=shown.on_epoch,
+        )
+        if place()[0] == 0:
+            recipes.keep_source(source, folder)
+            checkpoint.save(convert_model(source, check=False), folder / recipes.NETWORK)
+    _print_run(report, folder, as_json, f"{recipes.SOURCE}, {recipes.NETWORK}")
+
+
+def _only_recipe(given: Mapping[str, object]) -> None:
+    for name, value in given.items():
+        if value:
+            raise InvalidParameterError(name, "given", "a recipe says that itself; --set changes its training options")
+
+
+@app.command("finetune")
+@_answers
+@_asks
+def finetune_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_OR_CHECKPOINT_HELP + ", or a recipe (NAME.yaml)")],
+    data_name: DataOption = None,
+    out: FolderOption = None,
+    weights: WeightsOption = None,
+    option: OptionOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    seed: SeedOption = None,
+    data_dir: DataDirOption = Path("data"),
+    limit: LimitOption = None,
+    tensorboard: TensorboardOption = False,
+    as_json: JsonOption = False,
+    *,
+    asked: _Conversion,
+) -> None:
+    """Make a converted network more robust: its constant stays, proved after every epoch. Goes on after a kill."""
+    if _is_recipe(model):
+        only = {"--data": data_name, "--config": config, "--weights": weights, "--option": option}
+        _only_recipe({**only, "--tensorboard": tensorboard, "options of conversion": asked != _Conversion()})
+        _run_recipe(model, out, seed, data_dir, _settings(settings), limit, as_json)
+        return
+    training = _training_config(config, _settings(settings), seed)
+    images, test = _samples(data_name, data_dir, limit)
+    folder = out or Path("runs") / "finetuned"
+    with _progress(quiet=place()[0] > 0) as bars:
+        shown = _Training(bars, as_json)
+        net = _network(model, weights, option, asked)
+        shown.told(folder.name, "training")
+        report = finetune_network(
+            net,
+            images,
+            None if training.held_out else test,
+            training,
+            folder=folder,
+            model=model,
+            data=data_name or "",
+            tensorboard=tensorboard,
+            on_step=shown.on_step,
+            on_epoch=shown.on_epoch,
+        )
+        if place()[0] == 0:
+            checkpoint.save(net, folder / recipes.NETWORK)
+    _print_run(report, folder, as_json, recipes.NETWORK)
+
+
+@app.command("table")
+@_answers
+def table_command(
+    folder: Annotated[Path, typer.Argument(metavar="RECIPES", help="a folder of recipes, or one")] = Path("recipes"),
+    results: Annotated[Path, typer.Option("--results", help="where their results are")] = Path(recipes.DEFAULT),
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the table there too, as Markdown")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What came of the recipes, beside the paper's Table 1: natural and certified accuracy, prescribed and tightened."""
+    if not folder.exists():
+        raise InvalidParameterError("recipes", str(folder), "there is no such file or folder")
+    found = recipes.results_of(folder, results)
+    headings, rows = recipes.rows_of(found)
+    if out is not None:
+        with whole(out) as partial:
+            partial.write_text(recipes.markdown(headings, rows), encoding="utf-8")
+    if as_json:
+        _print_json([result.model_dump(mode="json") for each in found.values() for result in each])
+        return
+    _print_table(headings, rows)
 
 
 @app.command("demo")

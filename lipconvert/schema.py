@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from .files import whole
 
@@ -514,6 +514,75 @@ class FinetuneReport(_Document):
     seconds: float = Field(ge=0.0)
 
 
+class ModelConfig(_Document):
+    """A source network: what is called, and with what."""
+
+    factory: str = Field(description="package.module:name")
+    arguments: dict[str, JsonValue] = Field(default={}, description="keyword arguments")
+
+
+class ConversionConfig(_Document):
+    """How a source network is converted. (`lipconvert.convert`)"""
+
+    epsilon: float = Field(default=0.0, ge=0.0)
+    delta: float = Field(default=0.0, ge=0.0)
+    merge: bool = False
+    dense: bool = False
+
+
+class PaperRow(_Document):
+    """A row of Table 1 of Havens et al. 2023."""
+
+    model: str
+    natural: Probability
+    certified: list[Probability] = Field(description="at 36/255, 72/255, 108/255 and 1")
+
+
+class Recipe(_Document):
+    """A training run with all that it needs: one file, one command.
+
+    Either ``model`` is trained from scratch, or the network of the recipe ``start`` is converted and fine-tuned.
+    """
+
+    title: str
+    data: str = Field(description="as --data of the command line: mnist, parquet:DIR, ...")
+    model: ModelConfig | None = None
+    start: str | None = Field(default=None, description="another recipe, relative to this one")
+    convert: ConversionConfig = ConversionConfig()
+    training: TrainingConfig = TrainingConfig()
+    method: Method = Field(default="tightened", description="the strongest to certify with; weaker ones come along")
+    paper: PaperRow | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Recipe:
+        if (self.model is None) == (self.start is None):
+            raise ValueError("either model or start is needed, and not both")
+        if self.model is not None and self.convert != ConversionConfig():
+            raise ValueError("convert goes with start: it says how that is converted before it is fine-tuned")
+        return self
+
+
+class RecipeResult(_Document):
+    """What came of a recipe with one seed, certified on the test set in float64."""
+
+    name: str = Field(description="of the recipe's file, without its suffix")
+    recipe: Recipe
+    seed: int
+    samples: int = Field(ge=1, description="of the test set")
+    natural_accuracy: Probability
+    radii: list[float]
+    methods: list[Method] = Field(min_length=1, description="weakest first")
+    certified_accuracy: list[list[Probability]] = Field(description="for each method, at each radius")
+    proved_lipschitz: float = Field(gt=0.0)
+    parameters: int = Field(ge=0)
+    epochs: int = Field(ge=0, description="of this recipe alone")
+    seconds: float = Field(ge=0.0, description="of training, of this recipe alone")
+    threads: int = Field(ge=1)
+    device: str
+    versions: dict[str, str]
+    commit: str = Field(default="", description="of the recipe's repository, + where files differ from it")
+
+
 class DemoRow(_Document):
     """One architecture of the demo."""
 
@@ -548,6 +617,8 @@ DOCUMENTS: dict[str, type[_Document]] = {
     "manifest": Manifest,
     "network-info": NetworkInfo,
     "plugin-list": PluginList,
+    "recipe": Recipe,
+    "recipe-result": RecipeResult,
     "robustness-report": RobustnessReport,
     "training-config": TrainingConfig,
     "validation-report": ValidationReport,

@@ -67,7 +67,7 @@ def over(
     (with a folder, or on several processes); `ShapeError` for results that have not one row per sample; on several processes,
     whatever one of them raised, and `ProcessError` on the others.
     """
-    rank, world = _place()
+    rank, world = place()
     with _together(world) as each:
         run = _Run(data, work, batch_size, shard_size, None if folder is None else Path(folder), key, seen, rank, world)
         # What is wrong from the start is known to all before the first of them computes, or writes into the folder.
@@ -117,13 +117,14 @@ def processes() -> Iterator[tuple[int, int]]:
     if ours:
         dist.init_process_group("gloo")
     try:
-        yield _place()
+        yield place()
     finally:
         if ours:
             dist.destroy_process_group()
 
 
-def _place() -> tuple[int, int]:
+def place() -> tuple[int, int]:
+    """(rank, number of processes) of this process in the default group, (0, 1) without one."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 import lipconvert as lc
 from lipconvert import data, demo, schema
-from lipconvert.schema import DemoReport, TrainConfig
+from lipconvert.schema import DemoReport
 
-SMALL = TrainConfig(epochs=1, seed=3)
+SMALL = demo.TRAINING.model_copy(update={"epochs": 1, "seed": 3})
 FAST = ["aol", "sll"]
 
 
@@ -33,46 +33,6 @@ def test_every_built_in_architecture_is_in_it():
     assert built_in <= set(demo.architectures())
 
 
-def test_the_loss_is_cross_entropy_of_shifted_logits():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
-    margin, T = 0.7, 0.3
-    expected = 0.0
-    for y, label in zip(logits.tolist(), labels.tolist(), strict=True):
-        y[label] -= margin
-        expected += (math.log(sum(math.exp(v / T) for v in y)) - y[label] / T) * T / 6
-    assert float(demo.margin_loss(logits, labels, margin, T)) == pytest.approx(
-        expected, rel=1e-13
-    )  # sums of a few terms
-
-
-@pytest.mark.parametrize("name", ["aol", "cpl", "lben", "mondeq", "sandwich", "sll"])
-def test_training_lowers_the_loss_and_restores_the_solver(name):
-    x, labels = data.load("digits", "train").tensors()
-    x, labels = x.flatten(1)[:128], labels[:128]
-    model = lc.registry().new_model(name, 64, 10, 0).float()
-    before = [m.options for m in model.modules() if isinstance(m, lc.LBEN)]
-    with torch.no_grad():
-        start = float(functional.cross_entropy(model(x), labels))
-    demo.train(model, x, labels, 1.0, TrainConfig(epochs=4, batch_size=32))
-    with torch.no_grad():
-        end = float(functional.cross_entropy(model(x), labels))
-    assert end < start
-    assert [m.options for m in model.modules() if isinstance(m, lc.LBEN)] == before
-
-
-def test_the_same_seed_trains_the_same_network():
-    x, labels = data.load("digits", "train").tensors()
-    x, labels = x.flatten(1)[:64], labels[:64]
-    outputs = []
-    for seed in (1, 1, 2):
-        model = lc.registry().new_model("sll", 64, 10, seed).float()
-        demo.train(model, x, labels, 1.0, TrainConfig(epochs=1, seed=seed))
-        outputs.append(model(x).detach())
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], outputs[2])
-
-
 def test_the_numbers_of_a_row_are_those_of_the_trained_network(small):
     _, report, _ = small
     (x, labels), (x_test, labels_test) = [
@@ -80,7 +40,7 @@ def test_the_numbers_of_a_row_are_those_of_the_trained_network(small):
     ]
     row = next(row for row in report.rows if row.architecture == "sll")
     model = lc.registry().new_model("sll", 64, 10, SMALL.seed).float()
-    demo.train(model, x, labels, 1.0, SMALL)
+    lc.train(model, TensorDataset(x, labels), None, SMALL)
     model = model.double()
     with torch.no_grad():
         y = model(x_test.double())  # the explicit network, layer by layer

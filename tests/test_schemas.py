@@ -7,7 +7,15 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from lipconvert.schema import DOCUMENTS, CheckResult, RobustnessReport, TrainConfig, ValidationReport, main, schema_text
+from lipconvert.schema import (
+    DOCUMENTS,
+    CheckResult,
+    RobustnessReport,
+    TrainingConfig,
+    ValidationReport,
+    main,
+    schema_text,
+)
 
 SCHEMAS = Path(__file__).parent.parent / "schemas"
 TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
@@ -126,10 +134,10 @@ def test_bad_values_are_refused(field, value):
 
 
 def test_documents_are_frozen_and_defaults_are_legal():
-    config = TrainConfig()
+    config = TrainingConfig()
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.epochs = 2
-    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    assert TrainingConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_write_is_whole_or_nothing(tmp_path):

@@ -1,0 +1,294 @@
+"""Recipes: a training run in one YAML file, and the table of what came of several, beside the paper's.
+
+A run lives in RESULTS/NAME/seed-K: ``result.json``, ``report.json``, ``metrics.csv`` and ``curves.png``, small enough to
+keep; and the network, ``net.onnx`` with ``net.safetensors``, and the state of the run, which are not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import nn
+
+from . import checkpoint, data
+from .certify import certify
+from .convert import convert
+from .data import Images
+from .errors import InvalidParameterError, LipconvertError, ModelError
+from .files import whole
+from .finetune import OnEpoch, OnStep, Samples, finetune, train
+from .network import Network
+from .plotting import radius_name
+from .schema import ModelConfig, Recipe, RecipeResult, TrainingConfig
+from .shards import place
+
+RESULT, NETWORK, SOURCE = "result.json", "net.onnx", "model.pt"
+SUFFIXES = (".yaml", ".yml")
+DEFAULT = "results"
+
+Told = Callable[[str, str], object]
+"""(recipe, what is being done)."""
+
+M = TypeVar("M", Recipe, TrainingConfig)
+
+
+def read(path: str | Path, kind: type[M], changes: Mapping[str, Any] | None = None) -> M:
+    """A YAML file as a `Recipe` or a `TrainingConfig`; ``changes``: entries in its place, by dotted names.
+
+    Raises `InvalidParameterError` for what is no YAML, unknown names and values that do not fit; `OSError`.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidParameterError(str(path), "no YAML", f"it must be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InvalidParameterError(str(path), type(content).__name__, "it must hold names and values")
+    return checked(content, kind, str(path), changes)
+
+
+def checked(content: Mapping[str, Any], kind: type[M], where: str, changes: Mapping[str, Any] | None = None) -> M:
+    """A document from plain data, with ``changes`` by dotted names; raises `InvalidParameterError` in words."""
+    merged = dict(content)
+    for name, value in (changes or {}).items():
+        *path, last = name.split(".")
+        place = merged
+        for part in path:
+            inner = place.get(part) or {}
+            if not isinstance(inner, dict):
+                raise InvalidParameterError(name, value, f"{part} of {where} has no parts")
+            place[part] = dict(inner)
+            place = place[part]
+        place[last] = value
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            model: Any = kind
+            for part in first["loc"][:-1]:
+                model = model.model_fields[str(part)].annotation
+            known = ", ".join(getattr(model, "model_fields", {}))
+            raise InvalidParameterError(f"{name} in {where}", "unknown", f"these are known: {known}") from None
+        message = str(first["msg"]).removeprefix("Value error, ")
+        given = first["input"] if not isinstance(first["input"], dict) else "given"
+        raise InvalidParameterError(f"{name} in {where}" if name else where, given, message) from None
+
+
+def built(model: ModelConfig, where: str, seed: int) -> nn.Module:
+    """The network a factory returns for its arguments, with random weights of a seed. Raises `ModelError`."""
+    module_name, colon, name = model.factory.partition(":")
+    if not colon:
+        raise ModelError(model.factory, f"it does not read package.module:name ({where})")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(model.factory, f"{error} ({where})") from error
+    torch.manual_seed(seed)
+    try:
+        network = factory(**model.arguments)
+    except TypeError as error:
+        raise ModelError(model.factory, f"{error} ({where})") from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(model.factory, f"it returned {type(network).__name__}, not a torch.nn.Module ({where})")
+    return network
+
+
+def folder_of(path: str | Path, results: str | Path, seed: int) -> Path:
+    """Where a recipe's run with a seed lives."""
+    return Path(results) / Path(path).stem / f"seed-{seed}"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a run of recipes is told besides them: ``results``, where to; ``data_dir``, where data are; ``limit``: of training
+    and test samples, to try it out; ``told``, ``on_step`` and ``on_epoch`` are called as it goes."""
+
+    results: str | Path = DEFAULT
+    data_dir: str | Path = "data"
+    limit: int | None = None
+    told: Told = lambda recipe, what: None
+    on_step: OnStep | None = None
+    on_epoch: OnEpoch | None = None
+
+    def data(self, name: str, split: str) -> Images:
+        """A part of a data set, as `data.load` names them."""
+        images = data.load(name, split, self.data_dir)
+        if self.limit is None:
+            return images
+        return Images(images.pixels[: self.limit], images.labels[: self.limit], images.top, images.name)
+
+
+def run(
+    path: str | Path, order: Order | None = None, *, seed: int | None = None, changes: Mapping[str, Any] | None = None
+) -> RecipeResult:
+    """Train or fine-tune as a recipe says, certify on the test set, write it down; what it starts from is run first.
+
+    A run that was killed goes on where it was, one that is finished is read. ``seed`` in place of the recipe's, also for what
+    it starts from; ``changes``: other entries, by dotted names.
+    Raises what `finetune`, `train` and `certify` raise, and `InvalidParameterError` and `ModelError` for a recipe.
+    """
+    path, order = Path(path), order or Order()
+    recipe = read(path, Recipe, dict(changes or {}) | ({} if seed is None else {"training.seed": seed}))
+    seed = recipe.training.seed
+    folder = folder_of(path, order.results, seed)
+    source = _start(path, recipe, order)
+    order.told(path.stem, "training")
+    about: dict[str, Any] = {
+        "folder": folder,
+        "data": recipe.data,
+        "on_step": order.on_step,
+        "on_epoch": order.on_epoch,
+    }
+    samples = order.data(recipe.data, "train")
+    if recipe.model is not None:
+        report = train(source, samples, None, recipe.training, name=recipe.title, **about)
+        net = convert(source, check=False)
+        if place()[0] == 0:
+            keep_source(source, folder)
+    else:
+        net = source if isinstance(source, Network) else convert(source, **recipe.convert.model_dump(), check=False)
+        report = finetune(net, samples, None, recipe.training, model=recipe.title, **about)
+    order.told(path.stem, "writing")
+    if place()[0] == 0:
+        checkpoint.save(net, folder / NETWORK)
+    order.told(path.stem, "certifying")
+    net = net.double()
+    pairs = Samples.of(order.data(recipe.data, "test"), "the test data").dataset(net.input_shape, torch.float64)
+    robustness = certify(net, pairs, recipe.training.radii, recipe.method, model=recipe.title, name=recipe.data)
+    result = RecipeResult(
+        name=path.stem,
+        recipe=recipe,
+        seed=seed,
+        samples=robustness.samples,
+        natural_accuracy=robustness.natural_accuracy,
+        radii=robustness.radii,
+        methods=[found.method for found in robustness.methods],
+        certified_accuracy=[found.certified_accuracy for found in robustness.methods],
+        proved_lipschitz=robustness.proved_lipschitz,
+        parameters=sum(p.numel() for p in source.parameters()),
+        epochs=len(report.history) - 1,
+        seconds=report.seconds,
+        threads=torch.get_num_threads(),
+        device=report.device,
+        versions={"python": platform.python_version()} | {name: version(name) for name in ("lipconvert", "torch")},
+        commit=_commit(path.parent),
+    )
+    if place()[0] == 0:
+        result.write(folder / RESULT)
+    return result
+
+
+def keep_source(source: nn.Module, folder: Path) -> None:
+    """The state dict of a source network into the folder of its run."""
+    with whole(folder / SOURCE) as partial:
+        torch.save(source.state_dict(), partial)
+
+
+def _start(path: Path, recipe: Recipe, order: Order) -> nn.Module:
+    """What a recipe begins with: a new model, or what another recipe ends with, which is run now if it has not been."""
+    seed = recipe.training.seed
+    if recipe.model is not None:
+        return built(recipe.model, str(path), seed)
+    first = path.parent / str(recipe.start)
+    folder = folder_of(first, order.results, seed)
+    before = (
+        RecipeResult.model_validate_json((folder / RESULT).read_text(encoding="utf-8"))
+        if (folder / RESULT).is_file() and (folder / NETWORK).is_file()
+        else run(first, order, seed=seed)
+    ).recipe
+    if before.model is None:
+        return checkpoint.load(folder / NETWORK)
+    source = built(before.model, str(first), seed)
+    source.to(torch.float64 if before.training.precision == "64-true" else torch.float32)
+    source.load_state_dict(torch.load(folder / SOURCE, weights_only=True))
+    return source.eval()
+
+
+def _commit(folder: Path) -> str:
+    """The commit a folder's repository is at, with a + where files differ from it; empty outside of one."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+def results_of(recipes: str | Path, results: str | Path = DEFAULT) -> dict[Path, list[RecipeResult]]:
+    """Every recipe of a folder (or one file), in order of name, and what came of it, in order of seeds.
+
+    Raises `InvalidParameterError` for recipes that cannot be read, or where there are none.
+    """
+    where = Path(recipes)
+    paths = sorted(p for p in where.iterdir() if p.suffix in SUFFIXES) if where.is_dir() else [where]
+    if not paths:
+        raise InvalidParameterError("recipes", str(where), f"it must hold files ending in {' or '.join(SUFFIXES)}")
+    found: dict[Path, list[RecipeResult]] = {}
+    for path in paths:
+        read(path, Recipe)
+        files = sorted((Path(results) / path.stem).glob(f"seed-*/{RESULT}"))
+        try:
+            read_results = [RecipeResult.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+        except ValidationError as error:
+            raise LipconvertError(f"a result of {path.stem} cannot be read: {error}") from None
+        found[path] = sorted(read_results, key=lambda result: result.seed)
+    return found
+
+
+def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table: the paper's row of each recipe where it has one, then ours by each method, in %.
+
+    Over several seeds: the mean ± the sample standard deviation.
+    """
+    radii = next((r.radii for results in found.values() for r in results), list(TrainingConfig().radii))
+    headings = ["recipe", "data", "method", "seeds", "epochs", "minutes", "natural", *map(radius_name, radii)]
+    rows = []
+    for path, results in found.items():
+        recipe = results[0].recipe if results else read(path, Recipe)
+        if recipe.paper is not None:
+            numbers = [f"{100 * value:.1f}" for value in (recipe.paper.natural, *recipe.paper.certified)]
+            rows.append([f"paper: {recipe.paper.model}", "", "", "", "", "", *numbers])
+        if not results:
+            command = "train" if recipe.model is not None else "finetune"
+            rows.append([path.stem, recipe.data, f"not run: lipconvert {command} {path}", *[""] * (4 + len(radii))])
+            continue
+        natural = _mean([r.natural_accuracy for r in results])
+        minutes = f"{statistics.mean(r.seconds for r in results) / 60:.1f}"
+        epochs = f"{statistics.mean(r.epochs for r in results):g}"
+        for m, method in enumerate(results[0].methods):
+            if method == "pairwise":
+                continue
+            columns = [_mean([r.certified_accuracy[m][k] for r in results]) for k in range(len(radii))]
+            about = [path.stem, recipe.data.partition(":")[0], method, str(len(results)), epochs, minutes, natural]
+            rows.append([*about, *columns] if m == 0 else ["", "", method, "", "", "", "", *columns])
+    return headings, rows
+
+
+def _mean(values: Sequence[float]) -> str:
+    percent = [100.0 * value for value in values]
+    spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.2f}{spread}"
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table for reading."""
+    lines = ["| " + " | ".join(headings) + " |", "|:--|:--|:--|" + "--:|" * (len(headings) - 3)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
