@@ -228,9 +228,13 @@ def train(network: Network, budget: Budget, model: nn.Module, part: Split, run: 
         schedule=ScheduleConfig(kind="constant"),
         loss=LossConfig(offset=network.offset, temperature=network.temperature),
     )
-    samples = TensorDataset(part.x, part.labels)
     lc.train(
-        model, samples, None, config, on_step=lambda done, total, _: run.tell(network.name, "training", done, total)
+        model,
+        TensorDataset(part.x, part.labels),
+        None,
+        config,
+        input_shape=part.x.shape[1:],
+        on_step=lambda done, total, _: run.tell(network.name, "training", done, total),
     )
 
 

@@ -21,7 +21,8 @@ SCHEMAS = Path(__file__).parent.parent / "schemas"
 TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
 KEYWORDS = {
     "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "description", "discriminator",
-    "enum", "exclusiveMinimum", "items", "maxItems", "maximum", "minItems", "minimum", "oneOf", "pattern", "prefixItems",
+    "enum", "exclusiveMaximum",
+    "exclusiveMinimum", "items", "maxItems", "maximum", "minItems", "minimum", "oneOf", "pattern", "prefixItems",
     "properties", "required", "title", "type",
 }  # fmt: skip
 
