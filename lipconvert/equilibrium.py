@@ -233,12 +233,13 @@ def _iterate(
     value = torch.empty_like(u)
     steps = torch.full((len(u),), max_steps, dtype=torch.long, device=u.device)
     samples = torch.arange(len(u), device=u.device)
-    state, active, active_sigma, z = iteration.start(start), u, sigma, start
+    state, active, active_sigma, z = iteration.start(map, u, start), u, sigma, start
+    driven = map.norm(u)
     for count in range(1, max_steps + 1):
         if samples.numel() == 0:
             break
         state, z, residual = iteration.step(map, active_sigma, active, state)
-        size = map.norm(z) + map.norm(active)
+        size = map.norm(z) + driven
         # Half the tolerance: the residual is evaluated afresh at the end, and must still meet it. A residual that is no
         # longer finite never recovers.
         stop = (residual <= 0.5 * tolerance * size) | ~torch.isfinite(residual)
@@ -248,7 +249,7 @@ def _iterate(
         elif bool(stop.any()):
             value[samples[stop]], steps[samples[stop]] = z[stop], count
             go = (~stop).nonzero().flatten()
-            samples, active, z = samples[go], active[go], z[go]
+            samples, active, driven, z = samples[go], active[go], driven[go], z[go]
             state, active_sigma = tuple(part[go] for part in state), active_sigma.take(go)
     if samples.numel():
         value[samples] = z
@@ -275,8 +276,8 @@ def _report(z: Tensor, residual: Tensor, scale: Tensor, steps: Tensor, tolerance
 class _Slopes:
     """v ↦ D v with fixed slopes D (B, n, ...) in [0, 1]: what stands for σ in an adjoint solve."""
 
-    def __init__(self, D: Tensor) -> None:
-        self.D = D
+    def __init__(self, D: Tensor, proximal: tuple[float, Tensor] | None = None) -> None:
+        self.D, self._proximal = D, proximal
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.D * v
@@ -285,13 +286,16 @@ class _Slopes:
         return _Slopes(self.D[:, rows])
 
     def prox(self, v: Tensor, alpha: float) -> Tensor:
-        return v * (self.D / (alpha + (1.0 - alpha) * self.D))
+        if self._proximal is None or self._proximal[0] != alpha:
+            self._proximal = alpha, self.D / (alpha + (1.0 - alpha) * self.D)
+        return v * self._proximal[1]
 
     def slope(self, v: Tensor) -> Tensor:
         return self.D.expand_as(v)
 
     def take(self, samples: Tensor) -> _Slopes:
-        return _Slopes(self.D[samples])
+        kept = self._proximal
+        return _Slopes(self.D[samples], None if kept is None else (kept[0], kept[1][samples]))
 
 
 class _OnPixels:

@@ -84,7 +84,12 @@ class StateMap:
         """p → W′p, monotone in the metric Λ⁻¹, evaluated backwards."""
         metric = None if self.Lambda is None else self.Lambda.reciprocal()
         W = self.W.mH.resolve_conj()
-        return StateMap(W, self.blocks, metric, grid=self.grid, kept=self.kept, reverse=not self.reverse)
+        mirrored = StateMap(W, self.blocks, metric, grid=self.grid, kept=self.kept, reverse=not self.reverse)
+        # Its steps are the same, and its resolvents the transposed ones: what a solve has found serves its adjoint.
+        if "splitting_steps" in vars(self):
+            mirrored.splitting_steps = self.splitting_steps
+        mirrored._inverses.update({alpha: R.mH.resolve_conj() for alpha, R in self._inverses.items()})
+        return mirrored
 
     def norm(self, z: Tensor) -> Tensor:  # (B, n) or (B, n, F) -> (B,)
         """The l2 norm of each sample (of its pixels, on a grid)."""
@@ -155,10 +160,14 @@ class StateMap:
         gram = E @ E.mH
         return frobenius * min(1.0, float(torch.linalg.matrix_norm(gram @ gram).amax()) ** 0.25)
 
-    def resolvent(self, v: Tensor, alpha: float) -> Tensor:  # (B, n) -> (B, n)
-        """(I + α(I − W))⁻¹ v for each sample, by the inverse, computed once per α: a product is several times as fast as two
-        triangular solves, and with (3) the matrix is well-conditioned."""
-        return self.grid.apply(self._inverse(alpha), v)
+    def resolvent(self, v: Tensor, alpha: float, onto: Tensor | None = None) -> Tensor:  # (B, n) -> (B, n)
+        """(I + α(I − W))⁻¹ v for each sample, added to ``onto``.
+
+        By the inverse, computed once per α: a product is several times as fast as two triangular solves, and with (3) the
+        matrix is well-conditioned.
+        """
+        inverse = self._inverse(alpha)
+        return self.grid.apply(inverse, v) if onto is None else self.grid.apply_onto(onto, inverse, v)
 
     def newton_step(self, D: Tensor, r: Tensor) -> Tensor:  # (B, n), (B, n) -> (B, n)
         """(I − DW)⁻¹ r for each sample, D its slopes; infinite where the matrix is singular. Not on a grid: there D, which
@@ -232,7 +241,7 @@ class StateMap:
     def _estimated_in(self, P: Tensor) -> tuple[float, float]:
         """(μ, ℓ) in the metric P by power iterations, on all frequencies at once: estimates, for step sizes only."""
         root = P.sqrt().to(self.W).unsqueeze(-1)
-        W, adjoint = self.W, self.adjoint.W
+        W, adjoint = self.W, self.W.mH
 
         def A(v: Tensor) -> Tensor:
             return v - root * (W @ (v / root))

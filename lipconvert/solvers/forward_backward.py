@@ -24,7 +24,8 @@ class ForwardBackward:
             raise InvalidParameterError("alpha", alpha, "the step of forward-backward must be positive")
         self.alpha = alpha
 
-    def start(self, z: Tensor) -> State:
+    def start(self, map: StateMap, u: Tensor, z: Tensor) -> State:
+        del map, u
         return (z,)
 
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:

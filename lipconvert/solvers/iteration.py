@@ -26,8 +26,8 @@ class Iteration(Protocol):
 
     name: str
 
-    def start(self, z: Tensor) -> State:
-        """The state to begin with, from a first guess z (B, n)."""
+    def start(self, map: StateMap, u: Tensor, z: Tensor) -> State:
+        """The state to begin with, from a first guess z (B, n); also what each step would compute of u again."""
         ...
 
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:

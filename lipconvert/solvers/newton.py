@@ -22,7 +22,8 @@ class Newton:
 
     name = "newton"
 
-    def start(self, z: Tensor) -> State:
+    def start(self, map: StateMap, u: Tensor, z: Tensor) -> State:
+        del map, u
         return (z,)
 
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:

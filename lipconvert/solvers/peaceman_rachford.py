@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import InvalidParameterError
@@ -27,13 +28,18 @@ class PeacemanRachford:
             raise InvalidParameterError("alpha, relaxation", (alpha, relaxation), "α must be positive and λ in (0, 1]")
         self.alpha, self.relaxation = alpha, relaxation
 
-    def start(self, z: Tensor) -> State:
-        return (z,)
+    def start(self, map: StateMap, u: Tensor, z: Tensor) -> State:
+        alpha = self._alpha(map)
+        return z, map.resolvent(u, alpha).mul_(alpha)
+
+    def _alpha(self, map: StateMap) -> float:
+        return map.splitting_steps[0] if self.alpha is None else self.alpha
 
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
-        (t,) = state
-        alpha = map.splitting_steps[0] if self.alpha is None else self.alpha
-        z = map.resolvent(t + alpha * u, alpha)
-        residual = map.norm(z - sigma(((1.0 + alpha) * z - t) / alpha))
-        t = t + 2.0 * self.relaxation * (sigma.prox(2.0 * z - t, alpha) - z)
-        return (t,), z, residual
+        t, driven = state  # driven = α(I + α(I − W))⁻¹u
+        alpha = self._alpha(map)
+        z = map.resolvent(t, alpha, driven)
+        residual = map.norm(z - sigma(torch.sub(z, t, alpha=1.0 / (1.0 + alpha)).mul_((1.0 + alpha) / alpha)))
+        reflected = sigma.prox(torch.sub(2.0 * z, t), alpha)
+        t = torch.add(t, reflected.sub_(z), alpha=2.0 * self.relaxation)
+        return (t, driven), z, residual

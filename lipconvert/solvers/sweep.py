@@ -17,7 +17,8 @@ class Sweep:
 
     name = "sweep"
 
-    def start(self, z: Tensor) -> State:
+    def start(self, map: StateMap, u: Tensor, z: Tensor) -> State:
+        del map, u
         return (z,)
 
     def step(self, map: StateMap, sigma: Elementwise, u: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
