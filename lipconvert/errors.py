@@ -13,13 +13,16 @@ from typing import Any
 class LipconvertError(Exception):
     """Base of all errors raised on purpose by lipconvert. The command line answers it with exit code 2.
 
-    ``layer``: the path of the layer it was raised for, where a plugin could not know it; set by the core.
+    ``layer``: the path of the layer it was raised for, where a plugin could not know it; ``step``: of the training run in
+    which it was raised, counted from 0. Both are set by the core.
     """
 
     layer: str | None = None
+    step: int | None = None
 
     def __str__(self) -> str:
-        return super().__str__() + (f" [layer {self.layer}]" if self.layer is not None else "")
+        layer = f" [layer {self.layer}]" if self.layer is not None else ""
+        return super().__str__() + layer + (f" [step {self.step} of the training]" if self.step is not None else "")
 
 
 class ShapeError(LipconvertError):

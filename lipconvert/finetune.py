@@ -31,19 +31,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from .attack import class_labels
 from .augment import Augmentation
 from .certify import Certifier
-from .conditions import H_matrix
+from .conditions import H_matrix, H_scale, unit_gauge
 from .convert import convert
 from .data import Images, Shaped
 from .equilibrium import SolverOptions
-from .errors import InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
+from .errors import InvalidParameterError, LipconvertError, NotFiniteError, NotPSDError, ShapeError
 from .files import whole
 from .lben import LBEN
 from .network import Network
 from .schema import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig, TrainingSummary
 from .shards import fingerprint, over
-from .spectrum import least_eigenvalue
+from .spectrum import least_eigenvalue, roundoff
 
-# Of H(Ψ⁻¹, L) = 2V′V + 2εI in float64, whose entries have the size of Λ: its round-off is far below.
+# Of H(Ψ⁻¹, L) = 2V′V + 2εI in the gauge Ψ = I, in float64; more is allowed only where the round-off of its terms is more.
 LEAST_EIGENVALUE = -1e-8
 
 # Files of a run in its folder.
@@ -438,7 +438,11 @@ class _Run:
             order = torch.randperm(len(self.samples), generator=generator).split(self.config.batch_size)
             self.wrapped.train()
             for rows in order[first:]:
-                loss = self._step(rows, epoch)
+                try:
+                    loss = self._step(rows, epoch)
+                except LipconvertError as error:
+                    error.step = self.step
+                    raise
                 if self.about.on_step is not None and self.rank == 0:
                     self.about.on_step(self.step, self.total, loss)
                 if self.step % self.per_epoch and time.monotonic() - self.saved_at >= self.about.save_seconds:
@@ -490,7 +494,7 @@ class _Run:
         value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))
         penalty = float(cost.detach())
         if not math.isfinite(value + penalty):
-            raise NotFiniteError(f"the loss of step {self.step}, at learning rate {rate:g}", 1, 1)
+            raise NotFiniteError(f"the loss, at learning rate {rate:g}", 1, 1)
         self.sums["loss"] += value * len(rows)
         self.sums["penalty"] += penalty * len(rows)
         return value + penalty
@@ -621,9 +625,12 @@ def measure(certifier: Certifier, held: Samples | None, config: TrainingConfig) 
     """
     net, least = certifier.net, math.inf
     for stage in net.stages:
-        least = min(least, margin := least_eigenvalue(H_matrix(stage.dae())))
-        if margin < LEAST_EIGENVALUE:
-            raise NotPSDError(f"H(Ψ⁻¹, L) of {stage.name!r}", margin, -LEAST_EIGENVALUE)
+        dae = stage.dae()
+        H = unit_gauge(H_matrix(dae), dae.Lambda)
+        least = min(least, margin := least_eigenvalue(H))
+        allowed = max(-LEAST_EIGENVALUE, roundoff(H, H_scale(dae)))
+        if margin < -allowed:
+            raise NotPSDError(f"H(Ψ⁻¹, L) of {stage.name!r} (gauge Ψ = I)", margin, allowed)
     found: dict[str, Any] = {
         "least_eigenvalue": least if net.stages else 0.0,
         "lipschitz": net.lipschitz,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrize import register_parametrization
 
 from lipconvert import (
     DAE,
@@ -28,6 +28,7 @@ from lipconvert import (
 
 from ._convolution import image_of, kernel_shape
 from ._layouts import FILE, require_shape, unwrapped
+from ._orthogonal import Orthogonal
 
 DENSE = Grid()
 
@@ -154,12 +155,12 @@ class MonotoneDEQ(Monotone):
         self.Wout = None if out_features is None else nn.Linear(hidden, out_features)
         self.input_shape = (in_features,)
         if lipschitz is not None:
-            # Without trivialisation Q is computed from the parameters alone: orthogonal to the precision of their dtype.
-            orthogonal(self.U, use_trivialization=False)
+            # Computed from the parameters alone: orthogonal to the precision of their dtype.
+            register_parametrization(self.U, "weight", Orthogonal())
             if self.Wout is not None:
                 if self.Wout.out_features > hidden:
                     raise InvalidParameterError("out_features", out_features, f"at most the {hidden} hidden states")
-                orthogonal(self.Wout, use_trivialization=False)
+                register_parametrization(self.Wout, "weight", Orthogonal())
 
     def grid(self, image: tuple[int, ...] = ()) -> Grid:
         return DENSE

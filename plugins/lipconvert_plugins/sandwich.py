@@ -22,7 +22,6 @@ from lipconvert import (
     affine,
     computes_as,
     hookimpl,
-    linear_solve,
     required_option,
 )
 
@@ -49,19 +48,7 @@ from ._layouts import (
     tensor,
     vector,
 )
-
-
-def cayley(M: Tensor) -> Tensor:
-    """Matrices with orthonormal columns from any tall M = [X; Y], X (c, c): (..., r, c) → (..., r, c), r ≥ c.
-
-    Z = X − X′ + Y′Y,  [ (I + Z)⁻¹(I − Z);  −2Y(I + Z)⁻¹ ]                                             (FORMULAS 4)
-    """
-    c = M.shape[-1]
-    X, Y = M[..., :c, :], M[..., c:, :]
-    eye = torch.eye(c, dtype=M.dtype, device=M.device).expand_as(X)
-    Z = X - X.mH + Y.mH @ Y
-    stacked = linear_solve(eye + Z, torch.cat([eye - Z, eye], -1))
-    return torch.cat([stacked[..., :c], -2.0 * Y @ stacked[..., c:]], -2)
+from ._orthogonal import cayley
 
 
 def _pair(weight: Tensor, alpha: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
