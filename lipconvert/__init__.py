@@ -19,7 +19,7 @@ from .conditions import Conditions, H_matrix, X_matrix, check, strict_multiplier
 from .container import read_manifest
 from .convert import convert, to_dae
 from .dae import DAE
-from .equilibrium import Solution, SolverOptions, Status, equilibrium, solve
+from .equilibrium import Solution, SolverOptions, Status, equilibrium, full_precision, solve
 from .errors import (
     AmbiguousModelError,
     CheckpointError,
@@ -157,6 +157,7 @@ __all__ = [
     "finetune",
     "from_hub",
     "from_state_dict",
+    "full_precision",
     "gauge",
     "hookimpl",
     "linear_solve",

@@ -9,13 +9,14 @@ diagonal. σ acts on pixels; that is the only place where anything is transforme
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .activations import Activations
 from .dae import DAE
@@ -104,6 +105,25 @@ DEFAULT = SolverOptions()
 
 # ‖W − T‖ up to which sweeps are tried first: they gain about a digit for each factor of ten below 1.
 NEARLY_TRIANGULAR = 0.5
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def full_precision(forward: Callable[[M, Tensor], Tensor]) -> Callable[[M, Tensor], Tensor]:
+    """For a ``forward(self, x)`` that autocast must not reach into: it runs in the dtype of the module's parameters.
+
+    Equilibria, and what makes W monotone or a weight orthogonal, do not bear eight bits of mantissa.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self: M, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return forward(self, x)
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(self, x.to(next(self.parameters()).dtype))
+
+    return wrapped
 
 
 def solve(

@@ -199,6 +199,10 @@ class Samples:
         """The same, on a device."""
         return Samples(self.x.to(device), self.labels.to(device), self.top)
 
+    def fingerprint(self) -> str:
+        """What tells them from others."""
+        return fingerprint(self.x, self.labels, top=self.top)
+
     def part(self, rows: Tensor | slice) -> Samples:
         """Some of them."""
         return Samples(self.x[rows], self.labels[rows], self.top)
@@ -366,11 +370,13 @@ class _Run:
     def prepared(self) -> Iterator[None]:
         """The model as it is trained: its dtype and device, ε, roots, frozen parameters, loose solves; as before outside."""
         config, model = self.config, self.model
-        start = fingerprint(model)
-        given = {"start": start, "train": len(self.samples), "validation": 0 if self.held is None else len(self.held)}
-        self.key = {**config.model_dump(mode="json"), **given}
+        parts = {"start": fingerprint(model), "training data": self.samples.fingerprint()}
+        if self.held is not None:
+            parts["validation data"] = self.held.fingerprint()
+        self.key = {**config.model_dump(mode="json"), **parts}
         self._require_stages()
         model.to(self.dtype)
+        self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
         with torch.no_grad():
             for k, stage in enumerate(self.stages):
                 if config.epsilon is not None:
@@ -386,7 +392,6 @@ class _Run:
             for parameter in resting:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
-            self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
             if config.penalty.freeze:
                 for support in self.supports:
                     for parameter, mask in support.frozen():
@@ -412,6 +417,8 @@ class _Run:
             raise InvalidParameterError(needs[0], getattr(config, needs[0]), "only a converted network has such stages")
         if self._penalised and not any(stage.grid for stage in self.stages):
             raise InvalidParameterError("penalty", config.penalty, "no stage of the network is on images")
+        if config.penalty.freeze and config.weight_decay:
+            raise InvalidParameterError("weight_decay", config.weight_decay, "it would move what penalty.freeze keeps")
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by what stands in their names, each with the factor of its learning rate."""
@@ -438,10 +445,11 @@ class _Run:
             order = torch.randperm(len(self.samples), generator=generator).split(self.config.batch_size)
             self.wrapped.train()
             for rows in order[first:]:
+                at = self.step
                 try:
                     loss = self._step(rows, epoch)
                 except LipconvertError as error:
-                    error.step = self.step
+                    error.step = at
                     raise
                 if self.about.on_step is not None and self.rank == 0:
                     self.about.on_step(self.step, self.total, loss)
@@ -529,13 +537,13 @@ class _Run:
         if self.held is None or self.config.keep == "last" or self._best() == epoch:
             self.kept, self.weights = epoch, copy.deepcopy(self.model.state_dict())
         if self.rank == 0:
+            self._log(record)  # before the state, which a run that is killed here would not look back behind
             self.save()
-            self._tell(record)
+            if self.about.on_epoch is not None:
+                self.about.on_epoch(record)
         self.begun = time.perf_counter()
 
-    def _tell(self, record: EpochRecord) -> None:
-        if self.about.on_epoch is not None:
-            self.about.on_epoch(record)
+    def _log(self, record: EpochRecord) -> None:
         if self.about.folder is not None:
             with whole(Path(self.about.folder) / METRICS) as partial, partial.open("w", newline="") as file:
                 writer = csv.writer(file)

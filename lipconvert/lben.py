@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .activations import Activation, Activations, activation_of
 from .construction import assemble, construct
 from .dae import DAE
-from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, solve
+from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, full_precision, solve
 from .errors import InvalidParameterError, ShapeError
 from .spectrum import Grid, require_finite
 from .state_map import StateMap, triangular_blocks
@@ -288,14 +288,9 @@ class LBEN(nn.Module):
         G = (assembled or self._assembled()).G
         return self.grid.values(self.grid.affine(G, z, self.b_y))
 
+    @full_precision
     def forward(self, x: Tensor) -> Tensor:
         """y = Gz + b_y: (..., p) → (..., q), or (..., p, h, w) → (..., q, h, w). Autocast changes nothing here."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.b_z.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         flat = self._flat(x)
         if not torch.is_grad_enabled():
             assembled = self._assembled()

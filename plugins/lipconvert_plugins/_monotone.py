@@ -21,6 +21,7 @@ from lipconvert import (
     activation_module,
     activation_of,
     equilibrium,
+    full_precision,
     psd_sqrt,
     required_option,
     spectral_norm,
@@ -102,6 +103,7 @@ class Monotone(nn.Module):
         n_U, n_G = self.norms(grid)
         return n_U * n_G / self.m or 1.0
 
+    @full_precision
     def forward(self, x: Tensor) -> Tensor:
         grid = self.grid(tuple(x.shape[-2:]))
         rank = 3 if grid else 1

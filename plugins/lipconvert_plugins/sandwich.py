@@ -21,6 +21,7 @@ from lipconvert import (
     activation_of,
     affine,
     computes_as,
+    full_precision,
     hookimpl,
     required_option,
 )
@@ -92,6 +93,7 @@ class SandwichLinear(nn.Module):
         """A (out, out) and B (out, in) with AA′ + BB′ = I."""
         return _pair(self.weight, self.alpha, Grid())
 
+    @full_precision
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.AB()
         if self.activation is None:
@@ -143,6 +145,7 @@ class SandwichConv2d(nn.Module):
         """A (F, out, out) and B (F, out, in·stride²) with AA′ + BB′ = I on (coarse) images of a size."""
         return _pair(self.weight, self.alpha, Grid(image))
 
+    @full_precision
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.stride or x.shape[3] % self.stride:
             expected = f"(B, {self.in_channels}, h, w), h and w multiples of {self.stride}"
