@@ -956,7 +956,7 @@ def verify(
         raise typer.Exit(1)
 
 
-DataOption = Annotated[str | None, typer.Option("--data", help=f"{', '.join(data.NAMES)}; a recipe says it itself")]
+DataOption = Annotated[str | None, typer.Option("--data", help=f"{', '.join(data.NAMES)}; in place of a recipe's own")]
 DataDirOption = Annotated[Path, typer.Option("--data-dir", help="where the files of the torchvision sets are")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="a YAML file of training options")]
 SetOption = Annotated[
@@ -1025,6 +1025,7 @@ def _run_recipe(
     path: str,
     out: Path | None,
     seed: int | None,
+    source: str | None,
     data_dir: Path,
     given: dict[str, Any],
     limit: int | None,
@@ -1033,7 +1034,9 @@ def _run_recipe(
     changes = {f"training.{name}": value for name, value in given.items()}
     with _progress(quiet=place()[0] > 0) as bars:
         shown = _Training(bars, as_json)
-        order = recipes.Order(out or recipes.DEFAULT, data_dir, limit, shown.told, shown.on_step, shown.on_epoch)
+        order = recipes.Order(
+            out or recipes.DEFAULT, source, data_dir, limit, shown.told, shown.on_step, shown.on_epoch
+        )
         result = recipes.run(path, order, seed=seed, changes=changes)
     if place()[0] > 0:
         return
@@ -1115,8 +1118,8 @@ def train_command(
 ) -> None:
     """Train a source network from scratch: any plugin's, for what its constant certifies; its constant proved every epoch."""
     if _is_recipe(model):
-        _only_recipe({"--data": data_name, "--config": config, "--argument": argument, "--tensorboard": tensorboard})
-        _run_recipe(model, out, seed, data_dir, _settings(settings), limit, as_json)
+        _only_recipe({"--config": config, "--argument": argument, "--tensorboard": tensorboard})
+        _run_recipe(model, out, seed, data_name, data_dir, _settings(settings), limit, as_json)
         return
     asked = _training_config(config, _settings(settings), seed)
     images, test = _samples(data_name, data_dir, limit)
@@ -1178,9 +1181,9 @@ def finetune_command(
 ) -> None:
     """Make a converted network more robust: its constant stays, proved after every epoch. Goes on after a kill."""
     if _is_recipe(model):
-        only = {"--data": data_name, "--config": config, "--weights": weights, "--option": option}
+        only = {"--config": config, "--weights": weights, "--option": option}
         _only_recipe({**only, "--tensorboard": tensorboard, "options of conversion": asked != _Conversion()})
-        _run_recipe(model, out, seed, data_dir, _settings(settings), limit, as_json)
+        _run_recipe(model, out, seed, data_name, data_dir, _settings(settings), limit, as_json)
         return
     training = _training_config(config, _settings(settings), seed)
     images, test = _samples(data_name, data_dir, limit)

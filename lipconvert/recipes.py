@@ -28,6 +28,7 @@ from .data import Images
 from .errors import InvalidParameterError, LipconvertError, ModelError
 from .files import whole
 from .finetune import OnEpoch, OnStep, Samples, finetune, train
+from .glue import Normalize
 from .network import Network
 from .plotting import radius_name
 from .schema import ModelConfig, Recipe, RecipeResult, TrainingConfig
@@ -103,7 +104,13 @@ def built(model: ModelConfig, where: str, seed: int) -> nn.Module:
         raise ModelError(model.factory, f"{error} ({where})") from error
     if not isinstance(network, nn.Module):
         raise ModelError(model.factory, f"it returned {type(network).__name__}, not a torch.nn.Module ({where})")
-    return network
+    if model.mean is None and model.std is None:
+        return network
+    front = Normalize([0.0] if model.mean is None else model.mean, [1.0] if model.std is None else model.std)
+    whole_network = nn.Sequential(front, network)
+    if (shape := getattr(network, "input_shape", None)) is not None:
+        whole_network.input_shape = shape
+    return whole_network
 
 
 def folder_of(path: str | Path, results: str | Path, seed: int) -> Path:
@@ -113,10 +120,15 @@ def folder_of(path: str | Path, results: str | Path, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Order:
-    """What a run of recipes is told besides them: ``results``, where to; ``data_dir``, where data are; ``limit``: of training
-    and test samples, to try it out; ``told``, ``on_step`` and ``on_epoch`` are called as it goes."""
+    """What a run of recipes is told besides them.
+
+    ``results``: where to; ``source``: data in place of theirs, as `data.load` names them; ``data_dir``: where the files of
+    the torchvision sets are; ``limit``: of training and test samples, to try it out; ``told``, ``on_step`` and ``on_epoch`` are
+    called as it goes.
+    """
 
     results: str | Path = DEFAULT
+    source: str | None = None
     data_dir: str | Path = "data"
     limit: int | None = None
     told: Told = lambda recipe, what: None
@@ -141,7 +153,12 @@ def run(
     Raises what `finetune`, `train` and `certify` raise, and `InvalidParameterError` and `ModelError` for a recipe.
     """
     path, order = Path(path), order or Order()
-    recipe = read(path, Recipe, dict(changes or {}) | ({} if seed is None else {"training.seed": seed}))
+    given = dict(changes or {})
+    if seed is not None:
+        given["training.seed"] = seed
+    if order.source is not None:
+        given["data"] = order.source
+    recipe = read(path, Recipe, given)
     seed = recipe.training.seed
     folder = folder_of(path, order.results, seed)
     source = _start(path, recipe, order)

@@ -519,6 +519,10 @@ class ModelConfig(_Document):
 
     factory: str = Field(description="package.module:name")
     arguments: dict[str, JsonValue] = Field(default={}, description="keyword arguments")
+    mean: list[float] | None = Field(default=None, description="of a Normalize in front of it, one per channel")
+    std: list[Annotated[float, Field(gt=0.0)]] | None = Field(
+        default=None, description="of the Normalize, 1 by default; L is multiplied by 1/min(std)"
+    )
 
 
 class ConversionConfig(_Document):
