@@ -123,8 +123,8 @@ class Order:
     """What a run of recipes is told besides them.
 
     ``results``: where to; ``source``: data in place of theirs, as `data.load` names them; ``data_dir``: where the files of
-    the torchvision sets are; ``limit``: of training and test samples, to try it out; ``told``, ``on_step`` and ``on_epoch`` are
-    called as it goes.
+    the torchvision sets are; ``limit``: of training and test samples, to try it out. ``told``, ``on_step`` and
+    ``on_epoch`` are called as it goes.
     """
 
     results: str | Path = DEFAULT
