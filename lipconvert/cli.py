@@ -1053,7 +1053,8 @@ def _run_recipe(
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=frames.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="accuracy (%), certified at l2 radii")
     for k, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if k < 3 else "right", overflow="fold")
+        # In a narrow terminal names are folded, numbers never.
+        table.add_column(heading, justify="left" if k < 3 else "right", no_wrap=k > 2, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     _console().print(table)
@@ -1229,6 +1230,8 @@ def table_command(
         _print_json([result.model_dump(mode="json") for each in found.values() for result in each])
         return
     _print_table(headings, rows)
+    if missing := recipes.commands_of(found):
+        _console().print(escape("not run yet:\n  " + "\n  ".join(missing)), soft_wrap=True)
 
 
 @app.command("demo")

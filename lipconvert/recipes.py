@@ -25,7 +25,7 @@ from . import checkpoint, data
 from .certify import certify
 from .convert import convert
 from .data import Images
-from .errors import InvalidParameterError, LipconvertError, ModelError
+from .errors import InvalidParameterError, ModelError
 from .files import whole
 from .finetune import OnEpoch, OnStep, Samples, finetune, train
 from .glue import Normalize
@@ -159,6 +159,7 @@ def run(
     if order.source is not None:
         given["data"] = order.source
     recipe = read(path, Recipe, given)
+    chain(path)
     seed = recipe.training.seed
     folder = folder_of(path, order.results, seed)
     source = _start(path, recipe, order)
@@ -221,11 +222,8 @@ def _start(path: Path, recipe: Recipe, order: Order) -> nn.Module:
         return built(recipe.model, str(path), seed)
     first = path.parent / str(recipe.start)
     folder = folder_of(first, order.results, seed)
-    before = (
-        RecipeResult.model_validate_json((folder / RESULT).read_text(encoding="utf-8"))
-        if (folder / RESULT).is_file() and (folder / NETWORK).is_file()
-        else run(first, order, seed=seed)
-    ).recipe
+    done = (folder / RESULT).is_file() and (folder / NETWORK).is_file()
+    before = (_read_result(folder / RESULT) if done else run(first, order, seed=seed)).recipe
     if before.model is None:
         return checkpoint.load(folder / NETWORK)
     source = built(before.model, str(first), seed)
@@ -250,24 +248,50 @@ def _commit(folder: Path) -> str:
 
 
 def results_of(recipes: str | Path, results: str | Path = DEFAULT) -> dict[Path, list[RecipeResult]]:
-    """Every recipe of a folder (or one file), in order of name, and what came of it, in order of seeds.
+    """Every recipe of a folder (or one file) and what came of it, in order of seeds.
 
+    Recipes stand in the order of their data (as `data.NAMES` has them), each behind what it starts from.
     Raises `InvalidParameterError` for recipes that cannot be read, or where there are none.
     """
     where = Path(recipes)
-    paths = sorted(p for p in where.iterdir() if p.suffix in SUFFIXES) if where.is_dir() else [where]
+    paths = [p for p in where.iterdir() if p.suffix in SUFFIXES] if where.is_dir() else [where]
     if not paths:
         raise InvalidParameterError("recipes", str(where), f"it must hold files ending in {' or '.join(SUFFIXES)}")
+    read_recipes = {path: read(path, Recipe) for path in paths}
+
+    def place(path: Path) -> tuple[int, int, str]:
+        recipe = read_recipes[path]
+        number = data.NAMES.index(recipe.data) if recipe.data in data.NAMES else len(data.NAMES)
+        return number, len(chain(path)), path.stem
+
     found: dict[Path, list[RecipeResult]] = {}
-    for path in paths:
-        read(path, Recipe)
-        files = sorted((Path(results) / path.stem).glob(f"seed-*/{RESULT}"))
-        try:
-            read_results = [RecipeResult.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
-        except ValidationError as error:
-            raise LipconvertError(f"a result of {path.stem} cannot be read: {error}") from None
-        found[path] = sorted(read_results, key=lambda result: result.seed)
+    for path in sorted(paths, key=place):
+        files = (Path(results) / path.stem).glob(f"seed-*/{RESULT}")
+        found[path] = sorted((_read_result(file) for file in files), key=lambda result: result.seed)
     return found
+
+
+def chain(path: str | Path) -> list[Path]:
+    """A recipe and those it starts from, the first of them last.
+
+    Raises `InvalidParameterError` where one starts from itself, and as `read`.
+    """
+    found = [Path(path)]
+    while (start := read(found[-1], Recipe).start) is not None:
+        first = found[-1].parent / start
+        if first.resolve() in {p.resolve() for p in found}:
+            raise InvalidParameterError(f"start in {found[-1]}", start, "a recipe cannot start from itself")
+        found.append(first)
+    return found
+
+
+def _read_result(file: Path) -> RecipeResult:
+    try:
+        return RecipeResult.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "the file"
+        raise InvalidParameterError(str(file), "no result", f"{name}: {first['msg']}; run its recipe again") from None
 
 
 def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], list[list[str]]]:
@@ -282,10 +306,9 @@ def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], li
         recipe = results[0].recipe if results else read(path, Recipe)
         if recipe.paper is not None:
             numbers = [f"{100 * value:.1f}" for value in (recipe.paper.natural, *recipe.paper.certified)]
-            rows.append([f"paper: {recipe.paper.model}", "", "", "", "", "", *numbers])
+            rows.append([f"{recipe.paper.model}, the paper", "", "", "", "", "", *numbers])
         if not results:
-            command = "train" if recipe.model is not None else "finetune"
-            rows.append([path.stem, recipe.data, f"not run: lipconvert {command} {path}", *[""] * (4 + len(radii))])
+            rows.append([path.stem, recipe.data, "not run", *[""] * (4 + len(radii))])
             continue
         natural = _mean([r.natural_accuracy for r in results])
         minutes = f"{statistics.mean(r.seconds for r in results) / 60:.1f}"
@@ -294,9 +317,18 @@ def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], li
             if method == "pairwise":
                 continue
             columns = [_mean([r.certified_accuracy[m][k] for r in results]) for k in range(len(radii))]
-            about = [path.stem, recipe.data.partition(":")[0], method, str(len(results)), epochs, minutes, natural]
+            about = [path.stem, recipe.data, method, str(len(results)), epochs, minutes, natural]
             rows.append([*about, *columns] if m == 0 else ["", "", method, "", "", "", "", *columns])
     return headings, rows
+
+
+def commands_of(found: Mapping[Path, Sequence[RecipeResult]]) -> list[str]:
+    """What runs the recipes that have no result."""
+    return [
+        f"lipconvert {'train' if read(path, Recipe).model is not None else 'finetune'} {path}"
+        for path, results in found.items()
+        if not results
+    ]
 
 
 def _mean(values: Sequence[float]) -> str:
