@@ -8,13 +8,11 @@ errors to stderr. With ``--json`` stdout holds one JSON document and nothing els
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +20,6 @@ from typing import Annotated, Any, ParamSpec
 
 import torch
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
@@ -46,6 +43,7 @@ from .errors import (
     ModelError,
     WeightsError,
 )
+from .factory import build
 from .files import whole
 from .finetune import CURVES, METRICS, REPORT
 from .finetune import finetune as finetune_network
@@ -228,63 +226,10 @@ def _model(spec: str, weights: Path | None, given: Sequence[str] | None, plugin:
         raise ModelError(spec, "there is no such file, and it does not read package.module:factory")
     if options:
         raise ModelError(spec, "--option goes with a weights file; a factory takes no arguments")
-    with redirect_stdout(sys.stderr):
-        model = _built(spec)
+    model = build(spec)
     if weights is not None:
         _fill(model, read_weights(weights), str(weights))
     return model
-
-
-def _built(spec: str) -> nn.Module:
-    """Import ``package.module``, from the current folder too, and call ``factory()``."""
-    module_name, _, path = spec.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
-        raise ModelError(spec, "it does not read package.module:factory")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            reason = f"there is no module {error.name!r}, neither installed nor in {here}"
-        else:
-            reason = f"importing {module_name} failed: {error}"
-        raise ModelError(spec, reason) from error
-    except (Exception, SystemExit) as error:  # whatever the user's import raises
-        raise ModelError(spec, f"importing {module_name} failed with {_named(error)}") from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            own = (n for n, v in vars(found).items() if getattr(v, "__module__", None) == module_name)
-            defined = ", ".join([n for n in own if not n.startswith("_")][:8])
-            where = getattr(found, "__name__", path)
-            raise ModelError(spec, f"{where} has no {name!r}" + (f"; it has {defined}" if defined else ""))
-        found = getattr(found, name)
-    if isinstance(found, nn.Module):
-        return found
-    if not callable(found):
-        raise ModelError(spec, f"{path} is of type {type(found).__name__}, not a function that returns the model")
-    try:
-        model = found()
-    except LipconvertError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the user's factory raises
-        raise ModelError(spec, f"{path}() failed with {_named(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ModelError(spec, f"{path}() returned {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _named(error: BaseException) -> str:
-    """Type, message, and the last line of the user's code it came through."""
-    trace, line = error.__traceback__, ""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if trace.tb_frame.f_globals.get("__name__") != __name__ and not file.startswith("<frozen"):
-            line = f" ({file}, line {trace.tb_lineno})"
-        trace = trace.tb_next
-    return f"{type(error).__name__}: {error}{line}"
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Any], path: str) -> None:
@@ -976,17 +921,14 @@ FolderOption = Annotated[
 TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="write events for it, besides metrics.csv")]
 
 
-def _settings(given: Sequence[str] | None) -> dict[str, Any]:
-    """``--set`` as plain data, by dotted names."""
+def _settings(given: Sequence[str] | None, option: str = "set") -> dict[str, Any]:
+    """``--set`` or ``--argument`` as plain data, by dotted names."""
     found: dict[str, Any] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
         if not (name and equals and value):
-            raise InvalidParameterError("--set", repr(text), "it must read NAME=VALUE, such as loss.offset=0.5")
-        try:
-            found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InvalidParameterError(f"--set {name}", repr(value), "it must be a value as YAML has it") from None
+            raise InvalidParameterError(f"--{option}", repr(text), "it must read NAME=VALUE, such as loss.offset=0.5")
+        found[name.strip()] = recipes.plain(value, f"--{option} {name}")
     return found
 
 
@@ -1067,11 +1009,16 @@ def _training_config(config: Path | None, given: dict[str, Any], seed: int | Non
     return recipes.checked({}, TrainingConfig, "--set", changes)
 
 
-def _samples(name: str | None, data_dir: Path, limit: int | None) -> tuple[data.Images, data.Images]:
+def _training_data(
+    model: str, name: str | None, data_dir: Path, limit: int | None, config: TrainingConfig
+) -> tuple[data.Images, TrainingConfig]:
+    """Training samples, and the config with some of them held out: the test set is not for choosing epochs."""
     if name is None:
+        if Path(model).is_dir():
+            raise InvalidParameterError("MODEL", model, "it is a folder; one recipe of it (NAME.yaml) is meant")
         raise InvalidParameterError("--data", "missing", f"it must say what to train on: {', '.join(data.NAMES)}")
-    order = recipes.Order(data_dir=data_dir, limit=limit)
-    return order.data(name, "train"), order.data(name, "test")
+    images = recipes.Order(data_dir=data_dir, limit=limit).data(name, "train")
+    return images, config.model_copy(update={"held_out": config.held_out or max(1, len(images) // 10)})
 
 
 def _print_run(report: FinetuneReport, out: Path, as_json: bool, what: str) -> None:
@@ -1123,12 +1070,14 @@ def train_command(
         _run_recipe(model, out, seed, data_name, data_dir, _settings(settings), limit, as_json)
         return
     asked = _training_config(config, _settings(settings), seed)
-    images, test = _samples(data_name, data_dir, limit)
+    images, asked = _training_data(model, data_name, data_dir, limit, asked)
     folder = out or Path("runs") / model.rpartition(":")[2]
     if ":" in model:
-        source = recipes.built(ModelConfig(factory=model, arguments=_settings(argument)), "--argument", asked.seed)
+        source = recipes.built(ModelConfig(factory=model, arguments=_settings(argument, "argument")), asked.seed)
     else:
-        classes = int(max(images.labels.max(), test.labels.max())) + 1
+        if argument:
+            raise InvalidParameterError("--argument", argument[0], "it goes with package.module:factory")
+        classes = int(images.labels.max()) + 1
         new = demo.new_model(model, images.shape, classes, asked.seed)
         if new is None:
             known = ", ".join(demo.architectures())
@@ -1140,7 +1089,7 @@ def train_command(
         report = train_network(
             source,
             images,
-            None if asked.held_out else test,
+            None,
             asked,
             folder=folder,
             name=model,
@@ -1158,7 +1107,7 @@ def train_command(
 def _only_recipe(given: Mapping[str, object]) -> None:
     for name, value in given.items():
         if value:
-            raise InvalidParameterError(name, "given", "a recipe says that itself; --set changes its training options")
+            raise InvalidParameterError(name, "given", "it does not go with a recipe; --set changes training options")
 
 
 @app.command("finetune")
@@ -1183,11 +1132,11 @@ def finetune_command(
     """Make a converted network more robust: its constant stays, proved after every epoch. Goes on after a kill."""
     if _is_recipe(model):
         only = {"--config": config, "--weights": weights, "--option": option}
-        _only_recipe({**only, "--tensorboard": tensorboard, "options of conversion": asked != _Conversion()})
+        _only_recipe({**only, "--tensorboard": tensorboard, "an option of the conversion": asked != _Conversion()})
         _run_recipe(model, out, seed, data_name, data_dir, _settings(settings), limit, as_json)
         return
     training = _training_config(config, _settings(settings), seed)
-    images, test = _samples(data_name, data_dir, limit)
+    images, training = _training_data(model, data_name, data_dir, limit, training)
     folder = out or Path("runs") / "finetuned"
     with _progress(quiet=place()[0] > 0) as bars:
         shown = _Training(bars, as_json)
@@ -1196,7 +1145,7 @@ def finetune_command(
         report = finetune_network(
             net,
             images,
-            None if training.held_out else test,
+            None,
             training,
             folder=folder,
             model=model,

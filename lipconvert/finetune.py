@@ -49,8 +49,8 @@ LEAST_EIGENVALUE = -1e-8
 # Files of a run in its folder.
 STATE, METRICS, REPORT, CURVES = "state.pt", "metrics.csv", "report.json", "curves.png"
 
-# Kernel entries of a converted W below this part of the largest are round-off of the transform.
-SUPPORT = 1e-9
+# Kernel entries below this part of the largest are round-off, of the transform or of the floats a network was stored in.
+SUPPORT = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 OnStep = Callable[[int, int, float], object]
 """(step, steps in all, loss)."""
@@ -314,21 +314,25 @@ class _Support:
     """Where the kernels W of a stage on images may be other than 0, and what it costs elsewhere. (paper 4.1)"""
 
     def __init__(self, stage: LBEN) -> None:
-        with torch.no_grad():
-            W = stage.grid.kernels(stage.matrices()[0]).abs()
-            inside = SUPPORT * W.amax() < W
-        self.stage, self.outside = stage, ~inside
+        self.stage = stage
+        self.outside = self._absent(stage.grid.kernels(stage.dae().W))
+        self.frozen = list(self._frozen())
+
+    def _absent(self, K: Tensor) -> Tensor:
+        """Where kernels are 0 up to round-off."""
+        size = K.detach().abs()
+        return size <= SUPPORT[self.stage.S.dtype] * float(size.amax())
 
     def cost(self, norm: str) -> Tensor:
         """‖W outside‖, 1 or 2."""
-        outside = self.stage.grid.kernels(self.stage.matrices()[0])[self.outside]
+        outside = self.stage.grid.kernels(self.stage.matrices()[0])[self.outside.to(self.stage.S.device)]
         return outside.abs().sum() if norm == "l1" else torch.linalg.vector_norm(outside)
 
-    def frozen(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def _frozen(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each of G, U, V, S and the mask of the entries that stay: for V those of I, W and W′, as V′V is symmetric."""
         stage = self.stage
         for parameter in (stage.G, stage.U, stage.S):
-            yield parameter, parameter.detach() == 0
+            yield parameter, self._absent(parameter)
         flipped = self.outside.transpose(0, 1).flip(2, 3).roll((1, 1), (2, 3))  # the kernels of W′
         eye = torch.eye(len(self.outside), dtype=torch.bool, device=self.outside.device)
         outside = self.outside & flipped
@@ -375,8 +379,9 @@ class _Run:
             parts["validation data"] = self.held.fingerprint()
         self.key = {**config.model_dump(mode="json"), **parts}
         self._require_stages()
-        model.to(self.dtype)
+        # Of the network as it was given, not yet rounded to the precision it is trained in.
         self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
+        model.to(self.dtype)
         with torch.no_grad():
             for k, stage in enumerate(self.stages):
                 if config.epsilon is not None:
@@ -394,7 +399,7 @@ class _Run:
                 stack.callback(parameter.requires_grad_, True)
             if config.penalty.freeze:
                 for support in self.supports:
-                    for parameter, mask in support.frozen():
+                    for parameter, mask in support.frozen:
                         if parameter.requires_grad:
                             handle = parameter.register_hook(lambda g, m=mask: g.masked_fill(m.to(g.device), 0.0))
                             stack.callback(handle.remove)

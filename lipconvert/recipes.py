@@ -6,26 +6,27 @@ keep; and the network, ``net.onnx`` with ``net.safetensors``, and the state of t
 
 from __future__ import annotations
 
-import importlib
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from . import checkpoint, data
 from .certify import certify
 from .convert import convert
 from .data import Images
-from .errors import InvalidParameterError, ModelError
+from .errors import InvalidParameterError
+from .factory import build
 from .files import whole
 from .finetune import OnEpoch, OnStep, Samples, finetune, train
 from .glue import Normalize
@@ -44,18 +45,43 @@ Told = Callable[[str, str], object]
 M = TypeVar("M", Recipe, TrainingConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values, as people mean them: 1e-3 is a number; yes, no, on, off, dates and 12:30 are words."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("null", r"null|Null|NULL|~|", "nN~"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""])
+for _kind in (int, float):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind.__name__}", lambda _, node, kind=_kind: kind(node.value))
+
+
+def plain(text: str, where: str) -> Any:
+    """YAML text as plain data; raises `InvalidParameterError` for what is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InvalidParameterError(where, "not YAML", f"it must be readable: {' '.join(str(error).split())}") from None
+
+
 def read(path: str | Path, kind: type[M], changes: Mapping[str, Any] | None = None) -> M:
-    """A YAML file as a `Recipe` or a `TrainingConfig`; ``changes``: entries in its place, by dotted names.
+    """A YAML file as a `Recipe` or a `TrainingConfig`; ``changes``: entries in place of its own, by dotted names.
 
     Raises `InvalidParameterError` for what is no YAML, unknown names and values that do not fit; `OSError`.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InvalidParameterError(str(path), "no YAML", f"it must be read: {error}") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InvalidParameterError(str(path), "not UTF-8", "a recipe is a text file") from None
+    content = plain(text, str(path))
     if not isinstance(content, dict):
-        raise InvalidParameterError(str(path), type(content).__name__, "it must hold names and values")
+        what = "empty" if content is None else f"a {type(content).__name__}"
+        raise InvalidParameterError(str(path), what, "it must hold names and values")
     return checked(content, kind, str(path), changes)
 
 
@@ -75,42 +101,51 @@ def checked(content: Mapping[str, Any], kind: type[M], where: str, changes: Mapp
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            model: Any = kind
-            for part in first["loc"][:-1]:
-                model = model.model_fields[str(part)].annotation
-            known = ", ".join(getattr(model, "model_fields", {}))
-            raise InvalidParameterError(f"{name} in {where}", "unknown", f"these are known: {known}") from None
-        message = str(first["msg"]).removeprefix("Value error, ")
-        given = first["input"] if not isinstance(first["input"], dict) else "given"
-        raise InvalidParameterError(f"{name} in {where}" if name else where, given, message) from None
+        raise _in_words(error, kind, where, changes or {}) from None
 
 
-def built(model: ModelConfig, where: str, seed: int) -> nn.Module:
+def _in_words(
+    error: ValidationError, kind: type[BaseModel], where: str, changes: Mapping[str, Any]
+) -> InvalidParameterError:
+    """The first thing that is wrong, in the names a user writes."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    name = ".".join(path)
+    changed = any(name == given or name.startswith(given + ".") for given in changes)
+    label = f"{name} of {'--set' if changed else where}" if name else where
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(_parts_of(kind, path[:-1]))
+        return InvalidParameterError(label, "unknown", f"these are known: {known}")
+    if first["type"] in ("model_type", "model_attributes_type"):
+        known = ", ".join(f"{name}.{part}" for part in _parts_of(kind, path))
+        return InvalidParameterError(label, first["input"], f"it has parts: {known}")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if isinstance(first["input"], dict):
+        return InvalidParameterError(label, "not as it should be", message)
+    return InvalidParameterError(label, first["input"], message)
+
+
+def _parts_of(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The names a part of a document has, by its path."""
+    found: Any = kind
+    for part in path:
+        annotation = found.model_fields[part].annotation if part in getattr(found, "model_fields", {}) else None
+        options = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
+        found = options[0] if options else None
+    return list(getattr(found, "model_fields", {}))
+
+
+def built(model: ModelConfig, seed: int) -> nn.Module:
     """The network a factory returns for its arguments, with random weights of a seed. Raises `ModelError`."""
-    module_name, colon, name = model.factory.partition(":")
-    if not colon:
-        raise ModelError(model.factory, f"it does not read package.module:name ({where})")
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(model.factory, f"{error} ({where})") from error
     torch.manual_seed(seed)
-    try:
-        network = factory(**model.arguments)
-    except TypeError as error:
-        raise ModelError(model.factory, f"{error} ({where})") from error
-    if not isinstance(network, nn.Module):
-        raise ModelError(model.factory, f"it returned {type(network).__name__}, not a torch.nn.Module ({where})")
+    network = build(model.factory, model.arguments)
     if model.mean is None and model.std is None:
         return network
     front = Normalize([0.0] if model.mean is None else model.mean, [1.0] if model.std is None else model.std)
-    whole_network = nn.Sequential(front, network)
+    normalized = nn.Sequential(front, network)
     if (shape := getattr(network, "input_shape", None)) is not None:
-        whole_network.input_shape = shape
-    return whole_network
+        normalized.input_shape = shape
+    return normalized
 
 
 def folder_of(path: str | Path, results: str | Path, seed: int) -> Path:
@@ -190,6 +225,7 @@ def run(
         name=path.stem,
         recipe=recipe,
         seed=seed,
+        limit=order.limit,
         samples=robustness.samples,
         natural_accuracy=robustness.natural_accuracy,
         radii=robustness.radii,
@@ -202,7 +238,7 @@ def run(
         threads=torch.get_num_threads(),
         device=report.device,
         versions={"python": platform.python_version()} | {name: version(name) for name in ("lipconvert", "torch")},
-        commit=_commit(path.parent),
+        commit=_commit(path),
     )
     if place()[0] == 0:
         result.write(folder / RESULT)
@@ -219,32 +255,40 @@ def _start(path: Path, recipe: Recipe, order: Order) -> nn.Module:
     """What a recipe begins with: a new model, or what another recipe ends with, which is run now if it has not been."""
     seed = recipe.training.seed
     if recipe.model is not None:
-        return built(recipe.model, str(path), seed)
+        return built(recipe.model, seed)
     first = path.parent / str(recipe.start)
     folder = folder_of(first, order.results, seed)
-    done = (folder / RESULT).is_file() and (folder / NETWORK).is_file()
-    before = (_read_result(folder / RESULT) if done else run(first, order, seed=seed)).recipe
+    changes: dict[str, Any] = {"training.seed": seed} | ({} if order.source is None else {"data": order.source})
+    before = read(first, Recipe, changes)
+    if not (folder / RESULT).is_file() or not (folder / NETWORK).is_file():
+        run(first, order, seed=seed)
+    result = _read_result(folder / RESULT)
+    if result.recipe != before or result.limit != order.limit:
+        differ = [n for n in Recipe.model_fields if getattr(result.recipe, n) != getattr(before, n)] or ["--limit"]
+        reason = (
+            f"it was made with another {' and '.join(differ)} than {first} has now: take another --out, or remove it"
+        )
+        raise InvalidParameterError(f"what {path.name} starts from, {folder}", "there", reason)
     if before.model is None:
         return checkpoint.load(folder / NETWORK)
-    source = built(before.model, str(first), seed)
+    source = built(before.model, seed)
     source.to(torch.float64 if before.training.precision == "64-true" else torch.float32)
     source.load_state_dict(torch.load(folder / SOURCE, weights_only=True))
     return source.eval()
 
 
-def _commit(folder: Path) -> str:
-    """The commit a folder's repository is at, with a + where files differ from it; empty outside of one."""
+def _commit(path: Path) -> str:
+    """The commit a recipe's repository is at, with a + where files differ from it; empty outside of one."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=path.parent, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        found = git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
+        return found if git("ls-files", path.name) or found.endswith("+") else found + "+"
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.strip()
 
 
 def results_of(recipes: str | Path, results: str | Path = DEFAULT) -> dict[Path, list[RecipeResult]]:
@@ -279,8 +323,12 @@ def chain(path: str | Path) -> list[Path]:
     found = [Path(path)]
     while (start := read(found[-1], Recipe).start) is not None:
         first = found[-1].parent / start
+        if not first.is_file():
+            raise InvalidParameterError(f"start of {found[-1]}", start, "there is no such file beside it")
         if first.resolve() in {p.resolve() for p in found}:
-            raise InvalidParameterError(f"start in {found[-1]}", start, "a recipe cannot start from itself")
+            raise InvalidParameterError(f"start of {found[-1]}", start, "a recipe cannot start from itself")
+        if first.stem in {p.stem for p in found}:
+            raise InvalidParameterError(f"start of {found[-1]}", start, "its results would share a folder: rename one")
         found.append(first)
     return found
 
@@ -304,12 +352,15 @@ def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], li
     rows = []
     for path, results in found.items():
         recipe = results[0].recipe if results else read(path, Recipe)
-        if recipe.paper is not None:
+        if recipe.paper is not None and radii == list(TrainingConfig().radii):
             numbers = [f"{100 * value:.1f}" for value in (recipe.paper.natural, *recipe.paper.certified)]
             rows.append([f"{recipe.paper.model}, the paper", "", "", "", "", "", *numbers])
         if not results:
             rows.append([path.stem, recipe.data, "not run", *[""] * (4 + len(radii))])
             continue
+        if any(r.radii != radii or r.methods != results[0].methods for r in results):
+            reason = "all must have the same radii and methods: run it again, or keep it apart"
+            raise InvalidParameterError(f"a result of {path.stem}", "not comparable", reason)
         natural = _mean([r.natural_accuracy for r in results])
         minutes = f"{statistics.mean(r.seconds for r in results) / 60:.1f}"
         epochs = f"{statistics.mean(r.epochs for r in results):g}"

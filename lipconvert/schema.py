@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -373,11 +373,23 @@ class VerificationReport(_Document):
         return "\n".join([*lines, f"{len(lines)} claims, {len(self.failures()) or 'none'} of them false"])
 
 
+class _Options(_Document):
+    """Options as people write them: true and false are no numbers, though Python has them as 1 and 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                raise ValueError(f"{name} is {value}, but it is no switch")
+        return given
+
+
 Pair = tuple[float, float]
 Factor = Annotated[float, Field(ge=0.0)]
 
 
-class AugmentConfig(_Document):
+class AugmentConfig(_Options):
     """Random changes of training images, each sample its own; the whole of ``sll`` is the recipe of Araujo et al. 2023."""
 
     crop: int = Field(default=0, ge=0, description="pixels of padding on each side before a crop of the old size")
@@ -403,14 +415,14 @@ class AugmentConfig(_Document):
         return self.hue > 0.0 or any(pair != (1.0, 1.0) for pair in ranges)
 
 
-class LossConfig(_Document):
+class LossConfig(_Options):
     """CE((y − √2·L·offset·onehot)/T)·T: asks the label to lead by the margin that certifies the radius ``offset``."""
 
     offset: float = Field(default=1.0, ge=0.0, description="a radius, in the units of the input")
     temperature: float = Field(default=0.25, gt=0.0, description="T")
 
 
-class ScheduleConfig(_Document):
+class ScheduleConfig(_Options):
     """The learning rate over the run, as a factor of ``learning_rate``.
 
     ``triangular``: up to 1 at 2/5 of the run, down to 1/20 at 4/5, then to 0. ``one_cycle``: up for
@@ -421,7 +433,7 @@ class ScheduleConfig(_Document):
     warm_up: float = Field(default=0.15, ge=0.0, lt=1.0, description="part of the run; of one_cycle and linear")
 
 
-class LearningRates(_Document):
+class LearningRates(_Options):
     """Factors of the learning rate for each group of parameters of the stages; 0 freezes a group."""
 
     Psi: Factor = 1.0
@@ -432,7 +444,7 @@ class LearningRates(_Document):
     b: Factor = 1.0
 
 
-class PenaltyConfig(_Document):
+class PenaltyConfig(_Options):
     """weight·‖W outside its support at the start‖, for the kernels W of stages on images. (paper 4.1)"""
 
     weight: float = Field(default=0.0, ge=0.0, description="0: none; the paper has 0.1")
@@ -442,7 +454,7 @@ class PenaltyConfig(_Document):
     )
 
 
-class TrainingConfig(_Document):
+class TrainingConfig(_Options):
     """How a network is trained or fine-tuned. All randomness is a function of ``seed`` and the step."""
 
     epochs: int = Field(default=10, ge=1)
@@ -539,7 +551,7 @@ class PaperRow(_Document):
 
     model: str
     natural: Probability
-    certified: list[Probability] = Field(description="at 36/255, 72/255, 108/255 and 1")
+    certified: list[Probability] = Field(min_length=4, max_length=4, description="at 36/255, 72/255, 108/255 and 1")
 
 
 class Recipe(_Document):
@@ -572,6 +584,7 @@ class RecipeResult(_Document):
     name: str = Field(description="of the recipe's file, without its suffix")
     recipe: Recipe
     seed: int
+    limit: int | None = Field(default=None, description="of training and test samples, where it was tried out")
     samples: int = Field(ge=1, description="of the test set")
     natural_accuracy: Probability
     radii: list[float]

@@ -394,20 +394,36 @@ def test_every_sample_is_taken_exactly_once_an_epoch(batch_size):
 
 
 def test_images_are_augmented_sample_by_sample_and_otherwise_left_alone():
-    net, data, seen = image_network(), labelled((3, 4, 6), 10), []
+    net, data, seen = image_network(), labelled((3, 4, 6), 40), []
     batches_of(net, seen)
-    lc.finetune(net, data, config=configured(epochs=4, batch_size=5, augment={"flip": True}))
-    originals = data.tensors[0]
-    flipped = 0
+    lc.finetune(net, data, config=configured(epochs=2, batch_size=20, augment={"flip": True}, tolerance=1e-3))
+    originals, patterns = data.tensors[0], set()
     for batch in seen:
+        flipped = []
         for image in batch:
             plain = (originals == image).flatten(1).all(1)
             mirrored = (originals.flip(3) == image).flatten(1).all(1)
             assert int(plain.sum()) + int(mirrored.sum()) == 1
-            flipped += int(mirrored.sum())
-    assert 8 <= flipped <= 32  # of 40: outside with probability 1e-4
-    epochs = [torch.cat(seen[2 * e : 2 * e + 2]).sum(0) for e in range(4)]
-    assert not torch.equal(epochs[0], epochs[1])  # each epoch has draws of its own
+            flipped.append(bool(mirrored.any()))
+        assert 0 < sum(flipped) < 20
+        patterns.add(tuple(flipped))
+    assert len(patterns) == 4  # every step has draws of its own, alike with probability 2^-20
+
+
+def test_images_are_augmented_by_the_very_draws_of_their_rows_and_colours_by_factors_within_the_range():
+    net, data, seen = image_network(), labelled((3, 4, 6), 12), []
+    data.tensors[0].mul_(0.5)  # so that nothing is clamped
+    batches_of(net, seen)
+    augment = {"brightness": (0.5, 1.5)}
+    lc.finetune(net, data, config=configured(epochs=1, batch_size=4, augment=augment, tolerance=1e-3))
+    factors = []
+    for image in torch.cat(seen):
+        ratios = image / data.tensors[0]
+        spread = ratios.flatten(1).std(1)
+        assert float(spread.min()) < 1e-12  # one of the images, times a number
+        factors.append(float(ratios[spread.argmin()].mean()))
+    assert 0.5 <= min(factors) < 0.9 < 1.1 < max(factors) <= 1.5
+    assert len(set(factors)) == 12
 
 
 # Which parameters move.
@@ -487,7 +503,7 @@ def test_epsilon_takes_epsilon_psi_off_W_and_keeps_L():
 def test_roots_fill_rows_of_V_that_are_zero_and_nothing_else():
     torch.manual_seed(0)
     source = SLLNetwork(inputs=SIZE, classes=CLASSES, features=40, dense_depth=2).double()
-    net, other = (lc.convert(source, check=False) for _ in range(2))
+    net, again, other = (lc.convert(source, check=False) for _ in range(3))
     before = weights_of(net)
     rates = dict.fromkeys(GROUPS, 0.0) | {"b": 1.0}
     lc.finetune(net, labelled((SIZE,), 8), config=configured(roots=0.01, learning_rates=rates))
@@ -506,6 +522,13 @@ def test_roots_fill_rows_of_V_that_are_zero_and_nothing_else():
     # rows of norm 0.01 about: mean and deviation of so many normal numbers, within five standard deviations
     assert abs(float(entries.mean())) < 5 * 0.01 / len(entries) ** 0.5
     assert abs(float(entries.std()) / 0.01 - 1.0) < 5 / (2 * len(entries)) ** 0.5
+    # they are a function of the seed
+    for seed, same in ((0, True), (1, False)):
+        twin = copy.deepcopy(again)
+        torch.rand(3)
+        config = configured(roots=0.01, learning_rates=rates, seed=seed)
+        lc.finetune(twin, labelled((SIZE,), 8), config=config)
+        assert torch.equal(twin.stages[0].V, net.stages[0].V) == same
     # without roots no gradient moves them
     lc.finetune(other, labelled((SIZE,), 8), config=configured())
     for name, parameter in other.named_parameters():
@@ -609,7 +632,8 @@ def test_a_larger_penalty_leaves_less_outside_the_support():
         staged = [stage for stage in net.stages if stage.grid]
         outside = [outside_of(stage) for stage in staged]
         penalty = {"weight": weight, "norm": "l1"}
-        config = configured(epochs=20, batch_size=10, schedule={"kind": "linear"}, learning_rate=3e-3, penalty=penalty)
+        options = {"epochs": 10, "batch_size": 10, "learning_rate": 3e-3, "tolerance": 1e-4, "penalty": penalty}
+        config = configured(schedule={"kind": "linear"}, **options)
         lc.finetune(net, labelled((3, 4, 6), 10), config=config)
         left.append(sum(norm_of(kernels_of(s)[mask], "l1") for s, mask in zip(staged, outside, strict=True)))
     assert left[1] < 0.5 * left[0]
@@ -731,15 +755,15 @@ def test_a_record_is_what_certify_says_of_the_network_of_that_epoch(precision):
     changed = set()
     for record, then in zip(report.history, found, strict=True):
         then.set_options(lc.SolverOptions())  # what is recorded is never solved loosely
-        expected = lc.certify(then, held, sorted(config.radii), method="prescribed")
-        assert record.natural_accuracy == expected.natural_accuracy
-        by_radius = dict(zip(config.radii, record.certified_accuracy, strict=True))
-        assert [by_radius[r] for r in expected.radii] == expected.certified_accuracy
         assert (record.natural_accuracy, record.certified_accuracy) == measured(then, held, config.radii)
-        assert record.proved_lipschitz == expected.proved_lipschitz
-        assert record.lipschitz == expected.lipschitz == 1.5
-        assert record.delta == expected.delta
-        changed.add(tuple(expected.certified_accuracy))
+        assert record.lipschitz == 1.5
+        changed.add(tuple(record.certified_accuracy))
+    expected = lc.certify(found[-1], held, sorted(config.radii), method="prescribed")
+    assert record.natural_accuracy == expected.natural_accuracy
+    by_radius = dict(zip(config.radii, record.certified_accuracy, strict=True))
+    assert [by_radius[r] for r in expected.radii] == expected.certified_accuracy
+    assert record.proved_lipschitz == expected.proved_lipschitz
+    assert record.delta == expected.delta
     assert len(changed) > 1
 
 
@@ -797,6 +821,16 @@ def test_the_weights_kept_are_those_of_the_best_epoch():
     assert len(kept) > 1
 
 
+def test_of_equally_good_epochs_the_first_is_kept_and_patience_counts_from_it():
+    net = network()
+    before = copy.deepcopy(net)
+    config = wild(radii=[1e3], patience=3)  # which nothing is certified at
+    report = lc.finetune(net, labelled((SIZE,), 30), labelled((SIZE,), 20, seed=1), config)
+    assert {record.certified_accuracy[0] for record in report.history} == {0.0}
+    assert (report.kept, len(report.history), report.stopped_early) == (0, 4, True)
+    assert_same(net, before)
+
+
 LAST_IS_NOT_BEST = 1  # a seed
 
 
@@ -818,18 +852,18 @@ def test_the_last_weights_are_kept_where_they_are_asked_for_or_nothing_is_known_
 @pytest.mark.parametrize("patience", [1, 2, 4])
 def test_patience_stops_so_many_epochs_after_the_best(patience):
     train, held = labelled((SIZE,), 30), labelled((SIZE,), 50, seed=1)
-    config = {"epochs": 12, "batch_size": 10, "learning_rate": 0.3}
+    config = {"epochs": 9, "batch_size": 10, "learning_rate": 0.3, "tolerance": 1e-6}
     whole = lc.finetune(network(), train, held, configured(**config))
     means = [np.mean(record.certified_accuracy) for record in whole.history]
-    best, expected = 0, 12
-    for epoch in range(1, 13):
+    best, expected = 0, 9
+    for epoch in range(1, 10):
         best = epoch if means[epoch] > means[best] else best
         if epoch - best >= patience:
             expected = epoch
             break
     report = lc.finetune(network(), train, held, configured(**config, patience=patience))
     assert len(report.history) - 1 == expected
-    assert report.stopped_early == (expected < 12)
+    assert report.stopped_early == (expected < 9)
     assert report.kept == best
     for record, there in zip(timeless(report), timeless(whole), strict=False):
         assert record == there
@@ -1115,9 +1149,8 @@ def whole(tmp_path_factory):
 
 
 # Four steps an epoch, three epochs: the first step, the last of an epoch, the first of one, the very last, several.
-KILLS = [("flat", (k,)) for k in (1, 2, 4, 5, 8, 9, 11, 12)] + [
+KILLS = [("flat", (k,)) for k in (1, 4, 5, 11, 12)] + [
     ("flat", (3, 6, 7, 10)),
-    ("flat", (5, 5, 5)),
     ("image", (1,)),
     ("image", (4, 9)),
     ("image", (6, 12)),
@@ -1456,8 +1489,8 @@ def test_bf16_trains_source_networks_and_keeps_parameters_and_certificates_in_fl
     for precision in ("bf16-mixed", "32-true"):
         model = lc.registry().new_model(name, SIZE, CLASSES, seed=0)
         kinds, certified = [], []
-        train, held = labelled((SIZE,), 120), labelled((SIZE,), 60, seed=1)
-        config = configured(epochs=10, precision=precision, learning_rate=0.02, tolerance=1e-3)
+        train, held = labelled((SIZE,), 120), labelled((SIZE,), 40, seed=1)
+        config = configured(epochs=6, precision=precision, learning_rate=0.02, tolerance=1e-3)
 
         def look(record, model=model, kinds=kinds, certified=certified, held=held):
             kinds.append(dtypes_of(model))
@@ -1472,7 +1505,7 @@ def test_bf16_trains_source_networks_and_keeps_parameters_and_certificates_in_fl
         assert max(r.natural_accuracy for r in report.history) > report.history[0].natural_accuracy + 0.1
         ends[precision] = report.history[-1].loss
     assert ends["bf16-mixed"] != ends["32-true"]
-    assert ends["bf16-mixed"] == pytest.approx(ends["32-true"], rel=0.2)  # eight bits, a hundred steps
+    assert ends["bf16-mixed"] == pytest.approx(ends["32-true"], rel=0.2)  # eight bits, ninety steps
 
 
 def test_equilibria_are_not_solved_in_bf16():
