@@ -139,13 +139,21 @@ def built(model: ModelConfig, seed: int) -> nn.Module:
     """The network a factory returns for its arguments, with random weights of a seed. Raises `ModelError`."""
     torch.manual_seed(seed)
     network = build(model.factory, model.arguments)
-    if model.mean is None and model.std is None:
+    front: list[nn.Module] = []
+    shape: Any = getattr(network, "input_shape", None)
+    if model.mean is not None or model.std is not None:
+        front.append(Normalize([0.0] if model.mean is None else model.mean, [1.0] if model.std is None else model.std))
+    if (s := model.unshuffle) > 1:
+        front.append(nn.PixelUnshuffle(s))
+        if shape is not None:
+            c, h, w = shape
+            shape = (c // s**2, s * h, s * w)
+    if not front:
         return network
-    front = Normalize([0.0] if model.mean is None else model.mean, [1.0] if model.std is None else model.std)
-    normalized = nn.Sequential(front, network)
-    if (shape := getattr(network, "input_shape", None)) is not None:
-        normalized.input_shape = shape
-    return normalized
+    behind = nn.Sequential(*front, network)
+    if shape is not None:
+        behind.input_shape = shape
+    return behind
 
 
 def folder_of(path: str | Path, results: str | Path, seed: int) -> Path:

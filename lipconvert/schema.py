@@ -535,6 +535,9 @@ class ModelConfig(_Document):
     std: list[Annotated[float, Field(gt=0.0)]] | None = Field(
         default=None, description="of the Normalize, 1 by default; L is multiplied by 1/min(std)"
     )
+    unshuffle: int = Field(
+        default=1, ge=1, description="pixels of s x s blocks become channels before it (PixelUnshuffle)"
+    )
 
 
 class ConversionConfig(_Document):
