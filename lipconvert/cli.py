@@ -1179,7 +1179,7 @@ def table_command(
         _print_json([result.model_dump(mode="json") for each in found.values() for result in each])
         return
     _print_table(headings, rows)
-    if missing := recipes.commands_of(found):
+    if missing := recipes.commands_of(found, results):
         _console().print(escape("not run yet:\n  " + "\n  ".join(missing)), soft_wrap=True)
 
 

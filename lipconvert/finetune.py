@@ -39,6 +39,7 @@ from .errors import InvalidParameterError, LipconvertError, NotFiniteError, NotP
 from .files import whole
 from .lben import LBEN
 from .network import Network
+from .plotting import plot_training, radius_name
 from .schema import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig, TrainingSummary
 from .shards import fingerprint, over
 from .spectrum import least_eigenvalue, roundoff
@@ -51,6 +52,9 @@ STATE, METRICS, REPORT, CURVES = "state.pt", "metrics.csv", "report.json", "curv
 
 # Kernel entries below this part of the largest are round-off, of the transform or of the floats a network was stored in.
 SUPPORT = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+# Below the square of any norm: the root of 0 has no derivative.
+TINY = 1e-30
 
 OnStep = Callable[[int, int, float], object]
 """(step, steps in all, loss)."""
@@ -315,18 +319,19 @@ class _Support:
 
     def __init__(self, stage: LBEN) -> None:
         self.stage = stage
-        self.outside = self._absent(stage.grid.kernels(stage.dae().W))
+        self.outside = self._absent(stage.grid.kernels(stage.dae().W).to(stage.S.dtype))
         self.frozen = list(self._frozen())
 
     def _absent(self, K: Tensor) -> Tensor:
         """Where kernels are 0 up to round-off."""
         size = K.detach().abs()
-        return size <= SUPPORT[self.stage.S.dtype] * float(size.amax())
+        return size <= SUPPORT[K.dtype] * float(size.amax())
 
     def cost(self, norm: str) -> Tensor:
-        """‖W outside‖, 1 or 2."""
-        outside = self.stage.grid.kernels(self.stage.matrices()[0])[self.outside.to(self.stage.S.device)]
-        return outside.abs().sum() if norm == "l1" else torch.linalg.vector_norm(outside)
+        """‖W outside‖, 1 or 2, of what is more than round-off, where |w| would have the slope ±1 by chance."""
+        W = self.stage.grid.kernels(self.stage.matrices()[0])
+        outside = W[self.outside.to(W.device) & ~self._absent(W)]
+        return outside.abs().sum() if norm == "l1" else outside.square().sum().clamp(min=TINY).sqrt()
 
     def _frozen(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each of G, U, V, S and the mask of the entries that stay: for V those of I, W and W′, as V′V is symmetric."""
@@ -552,10 +557,10 @@ class _Run:
         if self.about.folder is not None:
             with whole(Path(self.about.folder) / METRICS) as partial, partial.open("w", newline="") as file:
                 writer = csv.writer(file)
-                rows = [_flat(entry) for entry in self.history]
+                rows = [_flat(entry, self.config.radii) for entry in self.history]
                 writer.writerow(rows[0])
                 writer.writerows(row.values() for row in rows)
-        numbers = {k: v for k, v in _flat(record).items() if isinstance(v, float)}
+        numbers = {k: v for k, v in _flat(record, self.config.radii).items() if isinstance(v, float)}
         self.fabric.log_dict(numbers, step=record.step)
 
     # What is saved, and found again.
@@ -624,8 +629,6 @@ class _Run:
             seconds=sum(record.seconds for record in self.history),
         )
         if about.folder is not None and self.rank == 0:
-            from .plotting import plot_training
-
             report.write(Path(about.folder) / REPORT)
             plot_training(report, Path(about.folder) / CURVES)
         return report
@@ -686,8 +689,8 @@ def _grow_roots(stage: LBEN, size: float, generator: torch.Generator) -> None:
         V[rows] = (size / math.sqrt(V[0].numel()) * entries).to(V)
 
 
-def _flat(record: EpochRecord) -> dict[str, Any]:
+def _flat(record: EpochRecord, radii: Sequence[float]) -> dict[str, Any]:
     """A record as a row of metrics.csv."""
     row = record.model_dump(mode="json")
     certified = row.pop("certified_accuracy")
-    return row | {f"certified_accuracy_{k}": value for k, value in enumerate(certified)}
+    return row | {f"certified_accuracy at {radius_name(r)}": a for r, a in zip(radii, certified, strict=False)}

@@ -29,6 +29,8 @@ class Normalize(nn.Module):
     def __init__(self, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0) -> None:
         super().__init__()
         m, s = torch.atleast_1d(torch.tensor(mean)), torch.atleast_1d(torch.tensor(std))
+        if m.numel() != s.numel() and 1 not in (m.numel(), s.numel()):
+            raise InvalidParameterError("Normalize(mean, std)", (mean, std), "they must be of as many channels")
         m, s = torch.broadcast_tensors(m.to(torch.get_default_dtype()), s.to(torch.get_default_dtype()))
         self.register_buffer("mean", m.clone())
         self.register_buffer("std", s.clone())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -140,19 +141,20 @@ def built(model: ModelConfig, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     network = build(model.factory, model.arguments)
     front: list[nn.Module] = []
-    shape: Any = getattr(network, "input_shape", None)
     if model.mean is not None or model.std is not None:
         front.append(Normalize([0.0] if model.mean is None else model.mean, [1.0] if model.std is None else model.std))
     if (s := model.unshuffle) > 1:
         front.append(nn.PixelUnshuffle(s))
-        if shape is not None:
-            c, h, w = shape
-            shape = (c // s**2, s * h, s * w)
     if not front:
         return network
+    shape = convert(network, check=False).input_shape
+    if s > 1:
+        if len(shape) != 3 or shape[0] % s**2:
+            reason = f"{model.factory} takes {shape}, not a multiple of {s**2} channels of images"
+            raise InvalidParameterError("model.unshuffle", s, reason)
+        shape = (shape[0] // s**2, s * shape[1], s * shape[2])
     behind = nn.Sequential(*front, network)
-    if shape is not None:
-        behind.input_shape = shape
+    behind.input_shape = shape  # type: ignore[assignment]
     return behind
 
 
@@ -344,6 +346,8 @@ def chain(path: str | Path) -> list[Path]:
 def _read_result(file: Path) -> RecipeResult:
     try:
         return RecipeResult.model_validate_json(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise InvalidParameterError(str(file), "no result", "it is not UTF-8; run its recipe again") from None
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "the file"
@@ -381,10 +385,11 @@ def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], li
     return headings, rows
 
 
-def commands_of(found: Mapping[Path, Sequence[RecipeResult]]) -> list[str]:
+def commands_of(found: Mapping[Path, Sequence[RecipeResult]], results: str | Path = DEFAULT) -> list[str]:
     """What runs the recipes that have no result."""
+    where = [] if str(results) == DEFAULT else ["--out", str(results)]
     return [
-        f"lipconvert {'train' if read(path, Recipe).model is not None else 'finetune'} {path}"
+        shlex.join(["lipconvert", "train" if read(path, Recipe).model is not None else "finetune", str(path), *where])
         for path, results in found.items()
         if not results
     ]
