@@ -45,7 +45,7 @@ from .errors import (
 )
 from .factory import build
 from .files import whole
-from .finetune import CURVES, METRICS, REPORT
+from .finetune import CURVES, METRICS, REPORT, input_shape_of
 from .finetune import finetune as finetune_network
 from .finetune import train as train_network
 from .network import Network
@@ -222,6 +222,8 @@ def _model(spec: str, weights: Path | None, given: Sequence[str] | None, plugin:
         if _is_checkpoint(Path(spec)):
             raise ModelError(spec, "it is a network lipconvert has converted already; a source model is needed here")
         return from_state_dict(read_weights(spec), options, plugin, spec)
+    if Path(spec).is_dir():
+        raise ModelError(spec, f"it is a folder; the network in it is meant, such as {Path(spec) / recipes.NETWORK}")
     if ":" not in spec:
         raise ModelError(spec, "there is no such file, and it does not read package.module:factory")
     if options:
@@ -1078,10 +1080,11 @@ def train_command(
         if argument:
             raise InvalidParameterError("--argument", argument[0], "it goes with package.module:factory")
         classes = int(images.labels.max()) + 1
-        new = demo.new_model(model, images.shape, classes, asked.seed)
+        new = demo.new_model(model, images.shape, classes, asked.seed) if model in demo.architectures() else None
         if new is None:
             known = ", ".join(demo.architectures())
-            raise ModelError(model, f"it is neither package.module:factory, nor a plugin with a new model: {known}")
+            reason = f"it is no recipe (NAME.yaml), no package.module:factory, and no plugin with a new model: {known}"
+            raise ModelError(model, reason)
         source = new
     with _progress(quiet=place()[0] > 0) as bars:
         shown = _Training(bars, as_json)
@@ -1100,7 +1103,8 @@ def train_command(
         )
         if place()[0] == 0:
             recipes.keep_source(source, folder)
-            checkpoint.save(convert_model(source, check=False), folder / recipes.NETWORK)
+            shape = input_shape_of(source, images.shape)
+            checkpoint.save(convert_model(source, shape, check=False), folder / recipes.NETWORK)
     _print_run(report, folder, as_json, f"{recipes.SOURCE}, {recipes.NETWORK}")
 
 
@@ -1169,7 +1173,7 @@ def table_command(
 ) -> None:
     """What came of the recipes, beside the paper's Table 1: natural and certified accuracy, prescribed and tightened."""
     if not folder.exists():
-        raise InvalidParameterError("recipes", str(folder), "there is no such file or folder")
+        raise InvalidParameterError("RECIPES", str(folder), "there is no such file or folder")
     found = recipes.results_of(folder, results)
     headings, rows = recipes.rows_of(found)
     if out is not None:

@@ -43,6 +43,7 @@ from .plotting import plot_training, radius_name
 from .schema import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig, TrainingSummary
 from .shards import fingerprint, over
 from .spectrum import least_eigenvalue, roundoff
+from .trace import trace
 
 # Of H(Ψ⁻¹, L) = 2V′V + 2εI in the gauge Ψ = I, in float64; more is allowed only where the round-off of its terms is more.
 LEAST_EIGENVALUE = -1e-8
@@ -121,13 +122,30 @@ def train(
     After every epoch it is converted, to prove its constant and to measure certified accuracy. ``input_shape``, ``plugin``:
     as for `convert`. The rest, and what is raised, is as for `finetune`; ``name`` is its ``model``.
     """
-    shape = None if input_shape is None else tuple(input_shape)
+    samples = Samples.of(train, "the training data")
+    shape = input_shape_of(model, samples.shape, plugin) if input_shape is None else tuple(input_shape)
 
     def converted() -> Network:
         return convert(model, shape, plugin=plugin, check=False)
 
     about = _About(name, data, converted().input_shape, folder, save_seconds, tensorboard, on_step, on_epoch)
-    return _fit(model, converted, train, validation, config or TrainingConfig(), about)
+    return _fit(model, converted, samples, validation, config or TrainingConfig(), about)
+
+
+def input_shape_of(model: nn.Module, sample: Sequence[int], plugin: str | None = None) -> tuple[int, ...] | None:
+    """The shape to convert a model with that is trained on ``sample``s of a shape: None where it says its own.
+
+    Else the samples' shape, or that of flattened ones, whichever it takes.
+    """
+    if getattr(model, "input_shape", None) is not None:
+        return None
+    for shape in (tuple(sample), (math.prod(sample),)):
+        try:
+            trace(model, shape, plugin)
+        except ShapeError:  # it takes the other one, or neither: conversion says so
+            continue
+        return shape
+    return tuple(sample)
 
 
 def margin_loss(logits: Tensor, labels: Tensor, margin: float, temperature: float, reduction: str = "mean") -> Tensor:
@@ -165,6 +183,8 @@ class Samples:
 
         Raises `InvalidParameterError` for what is neither, or empty, and for labels that are no integers.
         """
+        if isinstance(data, Samples):
+            return data
         if isinstance(data, Shaped):
             images = data.images
             return cls(images.pixels[: len(data)], images.labels[: len(data)], images.top)
@@ -595,7 +615,8 @@ class _Run:
         if state["key"] != self.key:
             differ = [k for k in self.key if state["key"].get(k) != self.key[k]]
             shown = ", ".join(f"{k}: {state['key'].get(k)!r} there, {self.key[k]!r} here" for k in differ[:3])
-            raise InvalidParameterError("folder", str(path.parent), f"it must hold a run of the same kind; {shown}")
+            reason = f"it holds another run ({shown}): take another one (--out), or remove it"
+            raise InvalidParameterError("folder", str(path.parent), reason)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.sums = state["step"], state["sums"]

@@ -29,7 +29,7 @@ from .data import Images
 from .errors import InvalidParameterError
 from .factory import build
 from .files import whole
-from .finetune import OnEpoch, OnStep, Samples, finetune, train
+from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, train
 from .glue import Normalize
 from .network import Network
 from .plotting import radius_name
@@ -218,11 +218,13 @@ def run(
     samples = order.data(recipe.data, "train")
     if recipe.model is not None:
         report = train(source, samples, None, recipe.training, name=recipe.title, **about)
-        net = convert(source, check=False)
+        net = convert(source, input_shape_of(source, samples.shape), check=False)
         if place()[0] == 0:
             keep_source(source, folder)
     else:
-        net = source if isinstance(source, Network) else convert(source, **recipe.convert.model_dump(), check=False)
+        how = recipe.convert.model_dump()
+        shape = input_shape_of(source, samples.shape)
+        net = source if isinstance(source, Network) else convert(source, shape, **how, check=False)
         report = finetune(net, samples, None, recipe.training, model=recipe.title, **about)
     order.told(path.stem, "writing")
     if place()[0] == 0:

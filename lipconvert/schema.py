@@ -381,7 +381,7 @@ class _Options(_Document):
     def _no_switch_for_a_number(cls, given: Any) -> Any:
         for name, value in given.items() if isinstance(given, dict) else ():
             if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
-                raise ValueError(f"{name} is {value}, but it is no switch")
+                raise ValueError(f"{name} must be a number or words, not {str(value).lower()}")
         return given
 
 
