@@ -207,6 +207,10 @@ def run(
     chain(path)
     seed = recipe.training.seed
     folder = folder_of(path, order.results, seed)
+    if (folder / RESULT).is_file() and (folder / NETWORK).is_file():
+        stored = _read_result(folder / RESULT)
+        if stored.recipe == recipe and stored.limit == order.limit:
+            return stored
     source = _start(path, recipe, order)
     order.told(path.stem, "training")
     about: dict[str, Any] = {

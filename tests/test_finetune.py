@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lipconvert as lc
 from lipconvert.data import Images, Shaped
 from lipconvert.finetune import Samples, _Support, margin_loss, schedule_factor
+from lipconvert.plotting import radius_name
 from lipconvert.schema import FinetuneReport, ScheduleConfig, TrainingConfig
 
 NAMES = ("log_psi", "G", "U", "V", "S", "b_z", "b_y")
@@ -928,8 +929,8 @@ def test_files_say_what_is_returned(tmp_path):
         for name in ("step", "loss", "natural_accuracy", "least_eigenvalue", "proved_lipschitz", "seconds"):
             value = getattr(record, name)
             assert row[name] == ("" if value is None else str(value)), name
-        for k, value in enumerate(record.certified_accuracy):
-            assert row[f"certified_accuracy_{k}"] == str(value)
+        for radius, value in zip(report.config.radii, record.certified_accuracy, strict=True):
+            assert row[f"certified_accuracy at {radius_name(radius)}"] == str(value)
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -1244,7 +1245,7 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(name, tmp_path):
 
     go()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(lc.InvalidParameterError, match=rf"folder.*; {name}: .* there, .* here"):
+    with pytest.raises(lc.InvalidParameterError, match=rf"folder.*\({name}: .* there, .* here"):
         go(**OTHERS[name])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
