@@ -103,7 +103,7 @@ ON_DIGITS = (
     Variant("support fixed", {"penalty.freeze": True}),
     Variant("roots 0.1", {"roots": 0.1}),
     Variant("learning rate 3e-5", {"learning_rate": 3e-5}),
-    Variant("learning rate 3e-3", {"learning_rate": 3e-3}),
+    Variant("learning rate 1e-3", {"learning_rate": 1e-3}),
 )
 
 
@@ -230,10 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content[study.title] = {"runs": runs, "base": dict(study.base), "start": dict(study.before)}
         text += [f"## {study.title}", "", "| " + " | ".join(headings) + " |", "|:--|" + "--:|" * (len(headings) - 1)]
         text += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-    if options.out:
-        folder = Path(options.out)
-        write_json(folder / "constraints.json", {"machine": machine(), "seeds": options.seeds, **content})
-        (folder / "constraints.md").write_text("\n".join(text), encoding="utf-8")
+        if options.out:  # after each study: they take their time
+            folder = Path(options.out)
+            write_json(folder / "constraints.json", {"machine": machine(), "seeds": options.seeds, **content})
+            (folder / "constraints.md").write_text("\n".join(text), encoding="utf-8")
     write_json(options.json, content)
     return 0
 

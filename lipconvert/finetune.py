@@ -308,8 +308,10 @@ def _fabric(config: TrainingConfig, about: _About) -> Any:
     """Lightning's Fabric: devices, processes, precision, loggers."""
     from lightning.fabric import Fabric
 
-    given = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    devices = max(config.devices, given)
+    devices, nodes = config.devices, 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
     loggers: list[Any] = []
     if about.tensorboard:
         if about.folder is None:
@@ -325,8 +327,8 @@ def _fabric(config: TrainingConfig, about: _About) -> Any:
     fabric = Fabric(
         accelerator=config.accelerator,
         devices=devices,
-        num_nodes=int(os.environ.get("WORLD_SIZE", devices)) // devices if given > 1 else 1,
-        strategy="ddp" if devices > 1 else "auto",
+        num_nodes=nodes,
+        strategy="ddp" if devices * nodes > 1 else "auto",
         precision=config.precision,
         loggers=loggers,
     )

@@ -19,9 +19,13 @@ from PIL import Image
 from torch import nn
 
 import lipconvert as lc
+from lipconvert.recipes import checked
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("measure", "against_reference", "certificates", "checkpoints", "forward", "public_weights", "scaling")
+NAMES = (
+    *("measure", "against_reference", "certificates", "checkpoints", "constraints", "forward", "public_weights"),
+    "scaling",
+)
 
 # What the paper's code promises to against_reference: two classes, one configuration, a state dict of these names.
 STAND_IN = """
@@ -437,3 +441,25 @@ def test_checkpoints_of_two_networks(benchmark_module, tmp_path, monkeypatch, ca
     monkeypatch.setattr(bench, "agreement", lambda net, path: 1.0)
     assert bench.main(["--quick"]) == 1
     assert "missed" in capsys.readouterr().out
+
+
+def test_every_variant_of_the_constraints_is_a_run(benchmark_module):
+    constraints = benchmark_module("constraints")
+    for base, variants in ((constraints.MNIST, constraints.ON_MNIST), (constraints.DIGITS, constraints.ON_DIGITS)):
+        configs = [checked(base, lc.TrainingConfig, v.name, {**v.changes, "seed": 1}) for v in variants]
+        starts = [v.start for v in variants]
+        assert len({v.name for v in variants}) == len(variants)
+        assert variants[0].name == "default"
+        for k, config in enumerate(configs[1:], 1):  # each changes one thing
+            assert config != configs[0] or starts[k] != starts[0]
+
+
+def test_the_table_of_constraints_compares_seed_by_seed(benchmark_module):
+    constraints = benchmark_module("constraints")
+    runs = [
+        {"default": [0.9, 0.8, 0.7, 0.6, 0.5], "other": [0.91, 0.82, 0.72, 0.62, 0.52]},
+        {"default": [0.8, 0.7, 0.6, 0.5, 0.4], "other": [0.81, 0.72, 0.62, 0.52, 0.42]},
+    ]
+    headings, rows = constraints.table(None, runs)
+    assert len(headings) == len(rows[0]) == len(rows[1])
+    assert rows[1] == ["other", *[f"{m}.00 ± 7.07" for m in (86, 77, 67, 57, 47)], "+2.00 ± 0.00"]
