@@ -29,7 +29,7 @@ from torch import nn
 import lipconvert as lc
 from lipconvert import data
 from lipconvert.finetune import Samples
-from lipconvert.recipes import checked
+from lipconvert.recipes import checked, markdown, spread
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
@@ -153,9 +153,6 @@ class Study:
 
 
 def studies(options: argparse.Namespace) -> list[Study]:
-    def first(images: data.Images, count: int) -> data.Images:
-        return data.Images(images.pixels[:count], images.labels[:count], images.top, images.name)
-
     digits = {split: data.load("digits", split) for split in data.SPLITS}
     found = []
     if options.data_dir is not None:
@@ -166,7 +163,7 @@ def studies(options: argparse.Namespace) -> list[Study]:
                 f"MNIST, LBEN of {n} states from Lip-MonDEQ",
                 MNIST,
                 ON_MNIST,
-                first(mnist["train"], options.samples),
+                mnist["train"].first(options.samples),
                 mnist["test"],
                 lambda: MonDEQ(784, n, 10, lipschitz=1.0).float(),
                 lambda: lc.LBEN(784, n, 10, epsilon=0.01).float(),
@@ -195,15 +192,10 @@ def table(study: Study, runs: Sequence[Mapping[str, Sequence[float]]]) -> tuple[
     headings = ["variant", "natural", "36/255", "72/255", "108/255", "1", "mean certified - default"]
     rows = []
     for name in runs[0]:
-        columns = [spread([100.0 * run[name][k] for run in runs]) for k in range(5)]
-        gains = [100.0 * (statistics.mean(run[name][1:]) - statistics.mean(run["default"][1:])) for run in runs]
+        columns = [spread([run[name][k] for run in runs]) for k in range(5)]
+        gains = [statistics.mean(run[name][1:]) - statistics.mean(run["default"][1:]) for run in runs]
         rows.append([name, *columns, spread(gains, sign="+")])
     return headings, rows
-
-
-def spread(values: Sequence[float], sign: str = "") -> str:
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{deviation}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,8 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         headings, rows = table(study, runs)
         show(study.title, headings, rows)
         content[study.title] = {"runs": runs, "base": dict(study.base), "start": dict(study.before)}
-        text += [f"## {study.title}", "", "| " + " | ".join(headings) + " |", "|:--|" + "--:|" * (len(headings) - 1)]
-        text += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        text += [f"## {study.title}", "", markdown(headings, rows, left=1)]
         if options.out:  # after each study: they take their time
             folder = Path(options.out)
             write_json(folder / "constraints.json", {"machine": machine(), "seeds": options.seeds, **content})

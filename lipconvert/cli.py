@@ -945,6 +945,12 @@ class _Training:
         self.name = name
         self.bars.update(self.task, description=f"{name}: {what}", total=None, completed=0)
 
+    def run(self, folder: Path, data_name: str | None, tensorboard: bool) -> dict[str, Any]:
+        """Say that a run begins; what `finetune` and `train` are told of it alike."""
+        self.told(folder.name, "training")
+        about = {"folder": folder, "data": data_name or "", "tensorboard": tensorboard}
+        return {**about, "on_step": self.on_step, "on_epoch": self.on_epoch}
+
     def on_step(self, step: int, total: int, loss: float) -> None:
         self.bars.update(self.task, description=f"{self.name}: loss {loss:.4f}", completed=step, total=total)
 
@@ -1088,18 +1094,13 @@ def train_command(
         source = new
     with _progress(quiet=place()[0] > 0) as bars:
         shown = _Training(bars, as_json)
-        shown.told(folder.name, "training")
         report = train_network(
             source,
             images,
             None,
             asked,
-            folder=folder,
             name=model,
-            data=data_name or "",
-            tensorboard=tensorboard,
-            on_step=shown.on_step,
-            on_epoch=shown.on_epoch,
+            **shown.run(folder, data_name, tensorboard),
         )
         if place()[0] == 0:
             recipes.keep_source(source, folder)
@@ -1145,18 +1146,13 @@ def finetune_command(
     with _progress(quiet=place()[0] > 0) as bars:
         shown = _Training(bars, as_json)
         net = _network(model, weights, option, asked)
-        shown.told(folder.name, "training")
         report = finetune_network(
             net,
             images,
             None,
             training,
-            folder=folder,
             model=model,
-            data=data_name or "",
-            tensorboard=tensorboard,
-            on_step=shown.on_step,
-            on_epoch=shown.on_epoch,
+            **shown.run(folder, data_name, tensorboard),
         )
         if place()[0] == 0:
             checkpoint.save(net, folder / recipes.NETWORK)

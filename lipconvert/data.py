@@ -51,6 +51,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         """(C, H, W) of one image."""
         return tuple(self.pixels.shape[1:])
 
+    def first(self, count: int | None) -> Images:
+        """The first of them, all for None."""
+        if count is None:
+            return self
+        return Images(self.pixels[:count], self.labels[:count], self.top, self.name)
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """All images (N, C, H, W), float32 in [0, 1], and all labels (N,)."""
         return self.pixels.float() / self.top, self.labels

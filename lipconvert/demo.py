@@ -7,10 +7,8 @@ Each row of the result is a different architecture that ends in the same form, w
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ from .certify import RADII, certify
 from .convert import convert
 from .errors import InvalidParameterError
 from .files import whole
-from .finetune import train
+from .finetune import train, versions
 from .plotting import plot_certified_accuracy
 from .registry import registry
 from .schema import DemoReport, DemoRow, LossConfig, RobustnessReport, ScheduleConfig, TrainingConfig
@@ -151,7 +149,7 @@ def run(
         train_samples=len(training[1]),
         test_samples=len(test[1]),
         config=config,
-        versions={"python": platform.python_version()} | {name: version(name) for name in ("lipconvert", "torch")},
+        versions=versions("lipconvert", "torch"),
         rows=rows,
     )
     folder = Path(out)

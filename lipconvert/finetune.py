@@ -186,8 +186,7 @@ class Samples:
         if isinstance(data, Samples):
             return data
         if isinstance(data, Shaped):
-            images = data.images
-            return cls(images.pixels[: len(data)], images.labels[: len(data)], images.top)
+            data = data.images.first(len(data))
         if isinstance(data, Images):
             return cls(data.pixels, data.labels, data.top)
         if type(data) is TensorDataset and len(data.tensors) == 2:
@@ -342,7 +341,6 @@ class _Support:
     def __init__(self, stage: LBEN) -> None:
         self.stage = stage
         self.outside = self._absent(stage.grid.kernels(stage.dae().W).to(stage.S.dtype))
-        self.frozen = list(self._frozen())
 
     def _absent(self, K: Tensor) -> Tensor:
         """Where kernels are 0 up to round-off."""
@@ -355,7 +353,7 @@ class _Support:
         outside = W[self.outside.to(W.device) & ~self._absent(W)]
         return outside.abs().sum() if norm == "l1" else outside.square().sum().clamp(min=TINY).sqrt()
 
-    def _frozen(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def frozen(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each of G, U, V, S and the mask of the entries that stay: for V those of I, W and W′, as V′V is symmetric."""
         stage = self.stage
         for parameter in (stage.G, stage.U, stage.S):
@@ -408,6 +406,7 @@ class _Run:
         self._require_stages()
         # Of the network as it was given, not yet rounded to the precision it is trained in.
         self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
+        frozen = [pair for support in self.supports for pair in support.frozen()] if config.penalty.freeze else []
         model.to(self.dtype)
         with torch.no_grad():
             for k, stage in enumerate(self.stages):
@@ -424,12 +423,10 @@ class _Run:
             for parameter in resting:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
-            if config.penalty.freeze:
-                for support in self.supports:
-                    for parameter, mask in support.frozen:
-                        if parameter.requires_grad:
-                            handle = parameter.register_hook(lambda g, m=mask: g.masked_fill(m.to(g.device), 0.0))
-                            stack.callback(handle.remove)
+            for parameter, mask in frozen:
+                if parameter.requires_grad:
+                    handle = parameter.register_hook(lambda g, m=mask: g.masked_fill(m.to(g.device), 0.0))
+                    stack.callback(handle.remove)
             self.optimizer = torch.optim.Adam(
                 groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
             )
@@ -508,23 +505,20 @@ class _Run:
         if len(mine) == 0:  # the last batch of an epoch may be smaller than the number of processes
             share, mine, weight = slice(0, 1), rows[:1], 0.0
         x, labels = self.samples.batch(mine, self.dtype)
-        if config.augment != type(config.augment)():
-            x = self.augmentation(x, draws[share])
+        x = self.augmentation(x, draws[share])
         rate = config.learning_rate * schedule_factor(config.schedule, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad()
+        penalised = self.supports if config.penalty.weight else []
         with ExitStack() as stack:
-            if config.penalty.weight:
-                for support in self.supports:
-                    stack.enter_context(support.stage.held())
+            for support in penalised:
+                stack.enter_context(support.stage.held())
             logits = self.wrapped(x.reshape(len(x), *self.about.input_shape))
             logits = logits.to(self.dtype)
             margin = math.sqrt(2.0) * self.history[-1].lipschitz * config.loss.offset
             loss = weight * margin_loss(logits, labels, margin, config.loss.temperature, "sum")
-            costs = [
-                config.penalty.weight * s.cost(config.penalty.norm) for s in self.supports if config.penalty.weight
-            ]
+            costs = [config.penalty.weight * support.cost(config.penalty.norm) for support in penalised]
             cost = torch.stack(costs).sum() if costs else loss.new_zeros(())
             self.fabric.backward(loss + cost)
         if config.clip is not None:
@@ -647,8 +641,7 @@ class _Run:
             stopped_early=self.step < self.total,
             processes=self.world,
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-            versions={"python": platform.python_version()}
-            | {n: version(n) for n in ("lipconvert", "torch", "lightning")},
+            versions=versions("lipconvert", "torch", "lightning"),
             seconds=sum(record.seconds for record in self.history),
         )
         if about.folder is not None and self.rank == 0:
@@ -710,6 +703,11 @@ def _grow_roots(stage: LBEN, size: float, generator: torch.Generator) -> None:
     if len(rows):
         entries = torch.randn(len(rows), *V.shape[1:], generator=generator, dtype=torch.float64)
         V[rows] = (size / math.sqrt(V[0].numel()) * entries).to(V)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and of packages, for reports."""
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def _flat(record: EpochRecord, radii: Sequence[float]) -> dict[str, Any]:

@@ -6,14 +6,12 @@ keep; and the network, ``net.onnx`` with ``net.safetensors``, and the state of t
 
 from __future__ import annotations
 
-import platform
 import re
 import shlex
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -29,7 +27,7 @@ from .data import Images
 from .errors import InvalidParameterError
 from .factory import build
 from .files import whole
-from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, train
+from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, train, versions
 from .glue import Normalize
 from .network import Network
 from .plotting import radius_name
@@ -182,10 +180,12 @@ class Order:
 
     def data(self, name: str, split: str) -> Images:
         """A part of a data set, as `data.load` names them."""
-        images = data.load(name, split, self.data_dir)
-        if self.limit is None:
-            return images
-        return Images(images.pixels[: self.limit], images.labels[: self.limit], images.top, images.name)
+        return data.load(name, split, self.data_dir).first(self.limit)
+
+    def changes(self, seed: int | None) -> dict[str, Any]:
+        """What takes the place of a recipe's own entries, by dotted names."""
+        seeded = {} if seed is None else {"training.seed": seed}
+        return seeded if self.source is None else {**seeded, "data": self.source}
 
 
 def run(
@@ -198,19 +198,13 @@ def run(
     Raises what `finetune`, `train` and `certify` raise, and `InvalidParameterError` and `ModelError` for a recipe.
     """
     path, order = Path(path), order or Order()
-    given = dict(changes or {})
-    if seed is not None:
-        given["training.seed"] = seed
-    if order.source is not None:
-        given["data"] = order.source
-    recipe = read(path, Recipe, given)
+    recipe = read(path, Recipe, {**(changes or {}), **order.changes(seed)})
     chain(path)
     seed = recipe.training.seed
     folder = folder_of(path, order.results, seed)
-    if (folder / RESULT).is_file() and (folder / NETWORK).is_file():
-        stored = _read_result(folder / RESULT)
-        if stored.recipe == recipe and stored.limit == order.limit:
-            return stored
+    stored = _stored(folder)
+    if stored is not None and stored.recipe == recipe and stored.limit == order.limit:
+        return stored
     source = _start(path, recipe, order)
     order.told(path.stem, "training")
     about: dict[str, Any] = {
@@ -253,7 +247,7 @@ def run(
         seconds=report.seconds,
         threads=torch.get_num_threads(),
         device=report.device,
-        versions={"python": platform.python_version()} | {name: version(name) for name in ("lipconvert", "torch")},
+        versions=versions("lipconvert", "torch"),
         commit=_commit(path),
     )
     if place()[0] == 0:
@@ -274,11 +268,8 @@ def _start(path: Path, recipe: Recipe, order: Order) -> nn.Module:
         return built(recipe.model, seed)
     first = path.parent / str(recipe.start)
     folder = folder_of(first, order.results, seed)
-    changes: dict[str, Any] = {"training.seed": seed} | ({} if order.source is None else {"data": order.source})
-    before = read(first, Recipe, changes)
-    if not (folder / RESULT).is_file() or not (folder / NETWORK).is_file():
-        run(first, order, seed=seed)
-    result = _read_result(folder / RESULT)
+    before = read(first, Recipe, order.changes(seed))
+    result = _stored(folder) or run(first, order, seed=seed)
     if result.recipe != before or result.limit != order.limit:
         differ = [n for n in Recipe.model_fields if getattr(result.recipe, n) != getattr(before, n)] or ["--limit"]
         reason = (
@@ -349,6 +340,12 @@ def chain(path: str | Path) -> list[Path]:
     return found
 
 
+def _stored(folder: Path) -> RecipeResult | None:
+    """What came of a run that is finished, None where it is not."""
+    finished = (folder / RESULT).is_file() and (folder / NETWORK).is_file()
+    return _read_result(folder / RESULT) if finished else None
+
+
 def _read_result(file: Path) -> RecipeResult:
     try:
         return RecipeResult.model_validate_json(file.read_text(encoding="utf-8"))
@@ -379,13 +376,13 @@ def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], li
         if any(r.radii != radii or r.methods != results[0].methods for r in results):
             reason = "all must have the same radii and methods: run it again, or keep it apart"
             raise InvalidParameterError(f"a result of {path.stem}", "not comparable", reason)
-        natural = _mean([r.natural_accuracy for r in results])
+        natural = spread([r.natural_accuracy for r in results])
         minutes = f"{statistics.mean(r.seconds for r in results) / 60:.1f}"
         epochs = f"{statistics.mean(r.epochs for r in results):g}"
         for m, method in enumerate(results[0].methods):
             if method == "pairwise":
                 continue
-            columns = [_mean([r.certified_accuracy[m][k] for r in results]) for k in range(len(radii))]
+            columns = [spread([r.certified_accuracy[m][k] for r in results]) for k in range(len(radii))]
             about = [path.stem, recipe.data, method, str(len(results)), epochs, minutes, natural]
             rows.append([*about, *columns] if m == 0 else ["", "", method, "", "", "", "", *columns])
     return headings, rows
@@ -401,13 +398,14 @@ def commands_of(found: Mapping[Path, Sequence[RecipeResult]], results: str | Pat
     ]
 
 
-def _mean(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± sample standard deviation, in %; the mean alone of a single value. ``sign``: as in format strings."""
     percent = [100.0 * value for value in values]
-    spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.2f}{spread}"
+    deviation = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):{sign}.2f}{deviation}"
 
 
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table for reading."""
-    lines = ["| " + " | ".join(headings) + " |", "|:--|:--|:--|" + "--:|" * (len(headings) - 3)]
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
+    """A table for reading, its first columns to the left and the others to the right."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + ":--|" * left + "--:|" * (len(headings) - left)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
