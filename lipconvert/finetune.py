@@ -404,7 +404,9 @@ class _Run:
             parts["validation data"] = self.held.fingerprint()
         self.key = {**config.model_dump(mode="json"), **parts}
         self._require_stages()
-        # Of the network as it was given, not yet rounded to the precision it is trained in.
+        # Before the weights are rounded to the precision they are trained in.
+        # Ψ stays I then: with a homogeneous σ it is only a choice of scale for each state.
+        self.balanced = {id(stage.log_psi) for stage in self.stages if config.balance and stage.balance()}
         self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
         frozen = [pair for support in self.supports for pair in support.frozen()] if config.penalty.freeze else []
         model.to(self.dtype)
@@ -457,7 +459,7 @@ class _Run:
         for parameter in self.model.parameters():
             group = of_stage.get(id(parameter))
             factor = 1.0 if group is None else getattr(self.config.learning_rates, group)
-            if parameter.requires_grad and factor > 0.0:
+            if parameter.requires_grad and factor > 0.0 and id(parameter) not in self.balanced:
                 found.setdefault(factor, []).append(parameter)
         if not found:
             raise InvalidParameterError("learning_rates", self.config.learning_rates, "nothing is left to train")

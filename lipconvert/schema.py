@@ -468,6 +468,10 @@ class TrainingConfig(_Options):
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
     penalty: PenaltyConfig = PenaltyConfig()
+    balance: bool = Field(
+        default=True,
+        description="where activations are homogeneous: scale the states so that Ψ = I, and keep it; the same function",
+    )
     epsilon: float | None = Field(
         default=None, ge=0.0, description="ε of every stage: W − εΨ has the same L and is well-posed; null: as it is"
     )

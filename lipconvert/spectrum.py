@@ -81,8 +81,9 @@ class Grid:
         """Coordinates (B, n, F) → pixels (B, n, h, w); a dense (B, n) stays as it is."""
         if not self.image:
             return X
-        spectrum = X.contiguous().reshape(*X.shape[:2], self.image[0], self._half)
-        return torch.fft.irfft2(spectrum, s=self.image)
+        # Along the first two dimensions, as coordinates lie in memory: the transform copies them no more than once.
+        spectrum = self.columns(X).unflatten(0, (self.image[0], self._half))
+        return torch.fft.irfft2(spectrum, s=self.image, dim=(0, 1)).permute(3, 2, 0, 1)
 
     def matrices(self, K: Tensor) -> Tensor:
         """Kernels (rows, cols, h, w) → matrices (F, rows, cols), differentiable; a dense (rows, cols) stays as it is."""

@@ -254,11 +254,12 @@ class StateMap:
 
         start = torch.cos(torch.arange(self.states, device=W.device, dtype=torch.float64) ** 2)
         v = start = start.to(W).unsqueeze(-1).expand(*self.grid.batch, -1, -1)
-        for _ in range(12):
+        few = 1 if self.kept else 3  # a map of one training step is not worth as many
+        for _ in range(12 // few):
             v = A_adjoint(A(v / size(v)))
         ell = float(size(v).amax()) ** 0.5
         v = start
-        for _ in range(36):  # the smallest eigenvalue of (A + A′)/2 as the largest of ℓI − (A + A′)/2
+        for _ in range(36 // few):  # the smallest eigenvalue of (A + A′)/2 as the largest of ℓI − (A + A′)/2
             v = v / size(v)
             v = ell * v - 0.5 * (A(v) + A_adjoint(v))
         return ell - float(size(v).amax()), ell

@@ -76,6 +76,7 @@ def configured(**options) -> TrainingConfig:
         "tolerance": 1e-13,
         "loss": {"offset": 0.1, "temperature": 0.5},
         "radii": [0.01, 0.03, 0.1],
+        "balance": False,  # steps are followed on the weights as they were given
     }
     return TrainingConfig.model_validate(plain | options)
 
@@ -499,6 +500,49 @@ def test_epsilon_takes_epsilon_psi_off_W_and_keeps_L():
         assert {record.lipschitz for record in report.history} == {L}
         H = np.linalg.eigvalsh(H_of(stage))
         assert H[0] >= 2 * 0.3 * float(Psi.min()) - 1e-12
+
+
+def rescaled(net: lc.Network, seed: int = 0) -> lc.Network:
+    """The same function with states Dz, D random: the gauge of FORMULAS L4, by `lipconvert.gauge` of each stage."""
+    result = copy.deepcopy(net)
+    generator = torch.Generator().manual_seed(seed)
+    for k, step in enumerate(net.steps):
+        if isinstance(step, lc.LBEN):
+            dae = step.dae()
+            D = torch.rand(dae.states, generator=generator, dtype=torch.float64).mul(6.0).sub(3.0).exp()
+            result.steps[k] = lc.LBEN.from_dae(lc.gauge(dae, D), epsilon=step.epsilon)
+    return result
+
+
+@pytest.mark.parametrize("start", [network, image_network], ids=["dense", "images"])
+def test_a_balanced_run_does_not_depend_on_the_scale_of_the_states_it_starts_from(start):
+    plain, other = start(), rescaled(start())
+    assert max(float(stage.Psi.detach().max() / stage.Psi.detach().min()) for stage in other.stages) > 100.0
+    data = labelled(plain.input_shape, 40)
+    config = configured(balance=True, epochs=1, held_out=8, learning_rates={"V": 0.0})  # V: any root of H/2 − εI
+    found = [lc.finetune(net, data, config=config) for net in (plain, other)]
+    assert abs(found[0].history[-1].loss - found[1].history[-1].loss) < 1e-7
+    x = labelled(plain.input_shape, 10, seed=3).tensors[0]
+    with torch.no_grad():
+        assert float((plain(x) - other(x)).abs().max()) < 1e-6  # Adam divides by roots of squares: some digits go
+    for stage in (*plain.stages, *other.stages):
+        assert torch.equal(stage.Psi, torch.ones_like(stage.Psi))
+        assert stage.log_psi.requires_grad
+
+
+def test_where_activations_are_not_homogeneous_psi_is_trained():
+    torch.manual_seed(0)
+    net = lc.convert(lc.LBEN(SIZE, 6, CLASSES, epsilon=0.2, activation="tanh").double(), check=False)
+    lc.finetune(net, labelled(net.input_shape, 40), config=configured(balance=True, epochs=1))
+    assert bool((net.stages[0].Psi != 1.0).all())
+
+
+def test_without_it_the_scale_of_the_states_is_the_scale_of_the_steps():
+    plain, other = network(), rescaled(network())
+    data = labelled(plain.input_shape, 40)
+    config = configured(epochs=1, learning_rates={"V": 0.0})
+    losses = [lc.finetune(net, data, config=config).history[-1].loss for net in (plain, other)]
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_roots_fill_rows_of_V_that_are_zero_and_nothing_else():

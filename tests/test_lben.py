@@ -618,3 +618,42 @@ def test_copies_do_not_carry_the_assembled_W() -> None:
     assert len(pickle.dumps(net)) == fresh
     assert copy.deepcopy(net)._inference is None
     assert net._inference is not None
+
+
+# The gauge Ψ = I.
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.2])
+@pytest.mark.parametrize("image", [(), (4, 6), (3, 5)], ids=["dense", "4x6", "3x5"])
+def test_balance_is_the_gauge_of_the_dae_and_keeps_function_and_constant(image, epsilon):
+    lben = random_lben(activation="relu", epsilon=epsilon, image=image)
+    before, x = lben.dae(), torch.randn(4, 3, *image)
+    with torch.no_grad():
+        y = lben(x)
+        assert lben.balance()
+        assert torch.equal(lben.Psi, torch.ones(6))
+        assert float((lben(x) - y).abs().max()) <= 1e-12 * float(y.abs().max())
+    D = before.Lambda.sqrt()
+    W = D.unsqueeze(-1) * before.W / D  # by hand, from equation (2) in the old gauge
+    assert float((lben.W.detach() - W).abs().max()) <= 1e-12 * float(W.abs().max())
+    assert (lben.lipschitz, lben.epsilon > 0.0) == (1.7, epsilon > 0.0)
+    again = {name: value.clone() for name, value in lben.named_parameters()}
+    assert lben.balance()
+    assert all(torch.equal(again[name], value) for name, value in lben.named_parameters())
+
+
+def test_balance_leaves_activations_that_are_not_homogeneous_alone():
+    lben = random_lben(activation="tanh")
+    before = {name: value.clone() for name, value in lben.named_parameters()}
+    assert not lben.balance()
+    assert all(torch.equal(before[name], value) for name, value in lben.named_parameters())
+
+
+def test_balance_keeps_the_precision_of_the_module():
+    lben = random_lben(activation="relu").float()
+    x = torch.randn(4, 3, dtype=torch.float32)
+    with torch.no_grad():
+        y = lben(x)
+        assert lben.balance()
+        assert lben.V.dtype == torch.float32
+        assert float((lben(x) - y).abs().max()) <= 1e-5 * float(y.abs().max())

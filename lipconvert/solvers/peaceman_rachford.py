@@ -39,7 +39,10 @@ class PeacemanRachford:
         t, driven = state  # driven = α(I + α(I − W))⁻¹u
         alpha = self._alpha(map)
         z = map.resolvent(t, alpha, driven)
-        residual = map.norm(z - sigma(torch.sub(z, t, alpha=1.0 / (1.0 + alpha)).mul_((1.0 + alpha) / alpha)))
-        reflected = sigma.prox(torch.sub(2.0 * z, t), alpha)
-        t = torch.add(t, reflected.sub_(z), alpha=2.0 * self.relaxation)
+        difference = sigma.prox(torch.sub(2.0 * z, t), alpha).sub_(z)
+        if alpha == 1.0:  # 2z − t = Wz + u and prox_f = σ: the reflection is the residual as well
+            residual = map.norm(difference)
+        else:
+            residual = map.norm(z - sigma(torch.sub(z, t, alpha=1.0 / (1.0 + alpha)).mul_((1.0 + alpha) / alpha)))
+        t = torch.add(t, difference, alpha=2.0 * self.relaxation)
         return (t, driven), z, residual
