@@ -360,22 +360,26 @@ def _read_result(file: Path) -> RecipeResult:
 def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table: the paper's row of each recipe where it has one, then ours by each method, in %.
 
-    Over several seeds: the mean ± the sample standard deviation.
+    Over several seeds: the mean ± the sample standard deviation. The radii are the default ones where any result has them;
+    of a recipe with others the row only says so.
     """
-    radii = next((r.radii for results in found.values() for r in results), list(TrainingConfig().radii))
+    default = list(TrainingConfig().radii)
+    present = [r.radii for results in found.values() for r in results]
+    radii = default if default in present or not present else present[0]
     headings = ["recipe", "data", "method", "seeds", "epochs", "minutes", "natural", *map(radius_name, radii)]
     rows = []
     for path, results in found.items():
         recipe = results[0].recipe if results else read(path, Recipe)
-        if recipe.paper is not None and radii == list(TrainingConfig().radii):
+        if recipe.paper is not None and radii == default:
             numbers = [f"{100 * value:.1f}" for value in (recipe.paper.natural, *recipe.paper.certified)]
             rows.append([f"{recipe.paper.model}, the paper", "", "", "", "", "", *numbers])
         if not results:
             rows.append([path.stem, recipe.data, "not run", *[""] * (4 + len(radii))])
             continue
         if any(r.radii != radii or r.methods != results[0].methods for r in results):
-            reason = "all must have the same radii and methods: run it again, or keep it apart"
-            raise InvalidParameterError(f"a result of {path.stem}", "not comparable", reason)
+            # Its numbers would stand below the radii of others.
+            rows.append([path.stem, recipe.data, "other radii or methods", str(len(results)), *[""] * (3 + len(radii))])
+            continue
         natural = spread([r.natural_accuracy for r in results])
         minutes = f"{statistics.mean(r.seconds for r in results) / 60:.1f}"
         epochs = f"{statistics.mean(r.epochs for r in results):g}"
