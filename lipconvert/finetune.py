@@ -388,6 +388,7 @@ class _Run:
         self.stages = [module for module in model.modules() if isinstance(module, LBEN)]
         self.per_epoch = math.ceil(len(samples) / config.batch_size)
         self.total = config.epochs * self.per_epoch
+        self.uncompiled: tuple[type[Exception], ...] = ()  # what a failed compilation raises
         # The state of the run.
         self.step = 0
         self.sums = {"loss": 0.0, "penalty": 0.0, "seconds": 0.0}
@@ -418,8 +419,8 @@ class _Run:
                     _grow_roots(stage, config.roots, _generator(config.seed, 0, 1 + k))
                 stage.refresh()
         groups = self._groups()
-        trained = {id(p) for group in groups for p in group["params"]}
-        resting = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+        moving = {id(p) for group in groups for p in group["params"]}
+        resting = [p for p in model.parameters() if p.requires_grad and id(p) not in moving]
         with ExitStack() as stack:
             stack.enter_context(loosely_solved(model, config.tolerance))
             for parameter in resting:
@@ -432,7 +433,13 @@ class _Run:
             self.optimizer = torch.optim.Adam(
                 groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
             )
-            self.wrapped, self.stepper = self.fabric.setup(model, self.optimizer)
+            # Shapes are fixed but for the last batch of an epoch, which is compiled once more.
+            trained = model
+            if config.compile:
+                from torch._dynamo.exc import TorchDynamoException  # here: it takes a second to import
+
+                trained, self.uncompiled = torch.compile(model, dynamic=False), (TorchDynamoException,)
+            self.wrapped, self.stepper = self.fabric.setup(trained, self.optimizer)
             yield
             model.eval()
 
@@ -448,6 +455,10 @@ class _Run:
             raise InvalidParameterError(needs[0], getattr(config, needs[0]), "only a converted network has such stages")
         if self._penalised and not any(stage.grid for stage in self.stages):
             raise InvalidParameterError("penalty", config.penalty, "no stage of the network is on images")
+        if config.compile and _equilibria(self.model):
+            raise InvalidParameterError(
+                "compile", True, "equilibria are solved by loops; only explicit layers gain by it"
+            )
         if config.penalty.freeze and config.weight_decay:
             raise InvalidParameterError("weight_decay", config.weight_decay, "it would move what penalty.freeze keeps")
 
@@ -482,6 +493,11 @@ class _Run:
                 except LipconvertError as error:
                     error.step = at
                     raise
+                except self.uncompiled as error:
+                    reason = (
+                        f"torch could not compile the network ({str(error).strip().splitlines()[0]}): set it to false"
+                    )
+                    raise InvalidParameterError("compile", True, reason) from error
                 if self.about.on_step is not None and self.rank == 0:
                     self.about.on_step(self.step, self.total, loss)
                 if self.step % self.per_epoch and time.monotonic() - self.saved_at >= self.about.save_seconds:
@@ -681,13 +697,18 @@ def measure(certifier: Certifier, held: Samples | None, config: TrainingConfig) 
     return found
 
 
+def _equilibria(model: nn.Module) -> list[Any]:
+    """The modules that solve an equilibrium, by their `SolverOptions`."""
+    return [m for m in model.modules() if isinstance(getattr(m, "options", None), SolverOptions)]
+
+
 @contextmanager
 def loosely_solved(model: nn.Module, tolerance: float | None) -> Iterator[None]:
-    """Every equilibrium in a model (a module with `SolverOptions`) solves to a tolerance inside, and as before outside.
+    """Every equilibrium in a model solves to a tolerance inside, and as before outside.
 
     Gradients of minibatches need no thirteen digits; None is the dtype's own tolerance, for what is reported.
     """
-    layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "options", None), SolverOptions)]
+    layers = _equilibria(model)
     before = [layer.options for layer in layers]
     try:
         for layer in layers:

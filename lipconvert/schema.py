@@ -482,6 +482,10 @@ class TrainingConfig(_Options):
     precision: Literal["bf16-mixed", "32-true", "64-true"] = Field(
         default="32-true", description="bf16 is for glue and explicit layers: parameters and equilibria have 32 bits"
     )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile of explicit source networks: pays after about a thousand steps; needs a C++ compiler",
+    )
     held_out: int = Field(default=0, ge=0, description="training samples kept for validation, where no other are given")
     validation_samples: int | None = Field(default=None, ge=1, description="of the validation set; null: all")
     radii: list[Annotated[float, Field(ge=0.0)]] = Field(

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -1561,6 +1562,50 @@ def test_equilibria_are_not_solved_in_bf16():
         assert dtypes_of(net) == {torch.float32}
         assert report.history[-1].certified_accuracy is not None
     assert_same(*nets)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # of torch's own compiler, which differ from version to version
+def test_a_compiled_run_is_the_run(tmp_path):
+    data = labelled((3, 4, 6), 17)  # in batches of 8: two shapes
+
+    def run(compiled, **given):
+        model = image_source()
+        report = lc.train(model, data, config=configured(augment={"flip": True}, compile=compiled), **given)
+        return model, [record.loss for record in report.history[1:]]
+
+    def stop(step, *_):
+        if step == 4:
+            raise StopError
+
+    plain, losses = run(False)
+    compiled, found = run(True)
+    assert found == pytest.approx(losses, rel=1e-12)
+    for name, value in weights_of(plain).items():
+        torch.testing.assert_close(dict(compiled.named_parameters())[name].detach(), value, rtol=1e-8, atol=1e-9)
+    with pytest.raises(StopError):
+        run(True, folder=tmp_path, save_seconds=0.0, on_step=stop)
+    assert_same(run(True, folder=tmp_path)[0], compiled)
+
+
+class Uncompilable(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+
+
+def test_what_cannot_be_compiled_is_named(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: Uncompilable(model))
+    with pytest.raises(lc.InvalidParameterError, match=r"compile.*no compiler here.*set it to false"):
+        lc.train(image_source(), labelled((3, 4, 6), 17), config=configured(compile=True))
+
+
+def test_equilibria_are_not_compiled():
+    with pytest.raises(lc.InvalidParameterError, match=r"compile.*equilibria"):
+        lc.finetune(network(), labelled((SIZE,), 20), config=configured(compile=True))
 
 
 def test_float64_is_float64_all_the_way():
