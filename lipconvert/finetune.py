@@ -406,8 +406,14 @@ class _Run:
         self.key = {**config.model_dump(mode="json"), **parts}
         self._require_stages()
         # Before the weights are rounded to the precision they are trained in.
-        # Ψ stays I then: with a homogeneous σ it is only a choice of scale for each state.
-        self.balanced = {id(stage.log_psi) for stage in self.stages if config.balance and stage.balance()}
+        # Ψ stays I then: with a homogeneous σ it is only a choice of scale for each state. What a caller froze is not moved.
+        free = [stage for stage in self.stages if all(p.requires_grad for p in stage.parameters())]
+        self.balanced = {id(stage.log_psi) for stage in free if config.balance and stage.balance()}
+        if self.balanced and config.learning_rates.Psi not in (0.0, 1.0):
+            reason = (
+                "Ψ stays I where activations are homogeneous, as only scales of states would move: set balance to false"
+            )
+            raise InvalidParameterError("learning_rates.Psi", config.learning_rates.Psi, reason)
         self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
         frozen = [pair for support in self.supports for pair in support.frozen()] if config.penalty.freeze else []
         model.to(self.dtype)

@@ -321,7 +321,7 @@ class LBEN(nn.Module):
     def readout(self, z: Tensor, assembled: _Assembled | None = None) -> Tensor:
         """y = Gz + b_y for states in coordinates, without gradient to G: (B, n) → (B, q), or (B, n, F) → (B, q, h, w)."""
         G = (assembled or self._assembled()).G
-        return self.grid.values(self.grid.affine(G, z, self.b_y))
+        return self.grid.values(self.grid.affine(G, z, self.b_y)).contiguous()
 
     @full_precision
     def forward(self, x: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ class LBEN(nn.Module):
                 W = map.W
             u = self.grid.affine(U, self.grid.coordinates(flat), self.b_z)
             z = equilibrium(W, u, self.sigma, map, self.options, self._where)
-            y = self.grid.values(self.grid.affine(G, z, self.b_y))
+            y = self.grid.values(self.grid.affine(G, z, self.b_y)).contiguous()
         return y.reshape(*x.shape[: x.dim() - len(self.input_shape)], *y.shape[1:])
 
     def __getstate__(self) -> dict[str, Any]:

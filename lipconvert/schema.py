@@ -470,10 +470,13 @@ class TrainingConfig(_Options):
     penalty: PenaltyConfig = PenaltyConfig()
     balance: bool = Field(
         default=True,
-        description="where activations are homogeneous: scale the states so that Ψ = I, and keep it; the same function",
+        description="where activations are homogeneous: scale the states so that Ψ = I, and keep it; the same function. "
+        "Stages of which the caller has frozen parameters stay as they are",
     )
     epsilon: float | None = Field(
-        default=None, ge=0.0, description="ε of every stage: W − εΨ has the same L and is well-posed; null: as it is"
+        default=None,
+        ge=0.0,
+        description="ε of every stage, in the gauge of training: W − εΨ has the same L and is well-posed; null: as it is",
     )
     roots: float = Field(
         default=0.0, ge=0.0, description="size of random entries in rows of V that are zero, which no gradient moves"

@@ -452,11 +452,12 @@ def test_nothing_left_to_train_is_refused():
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_parameters_frozen_by_the_caller_stay_and_keep_being_frozen():
+@pytest.mark.parametrize("balance", [False, True])
+def test_parameters_frozen_by_the_caller_stay_and_keep_being_frozen(balance):
     net = network()
     net.stages[0].V.requires_grad_(False)
     before = weights_of(net)
-    lc.finetune(net, labelled((SIZE,), 11), config=configured())
+    lc.finetune(net, labelled((SIZE,), 11), config=configured(balance=balance))
     assert torch.equal(net.stages[0].V, before["steps.0.V"])
     assert not net.stages[0].V.requires_grad
     assert not torch.equal(net.stages[0].S, before["steps.0.S"])
@@ -529,6 +530,11 @@ def test_a_balanced_run_does_not_depend_on_the_scale_of_the_states_it_starts_fro
     for stage in (*plain.stages, *other.stages):
         assert torch.equal(stage.Psi, torch.ones_like(stage.Psi))
         assert stage.log_psi.requires_grad
+
+
+def test_a_rate_of_psi_that_stays_is_refused():
+    with pytest.raises(lc.InvalidParameterError, match=r"Psi.*balance"):
+        lc.finetune(network(), labelled((SIZE,), 11), config=configured(balance=True, learning_rates={"Psi": 2.0}))
 
 
 def test_where_activations_are_not_homogeneous_psi_is_trained():

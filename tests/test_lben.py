@@ -642,6 +642,14 @@ def test_balance_is_the_gauge_of_the_dae_and_keeps_function_and_constant(image, 
     assert all(torch.equal(again[name], value) for name, value in lben.named_parameters())
 
 
+def test_outputs_are_contiguous():
+    for image in ((), (4, 6)):
+        lben, x = random_lben(image=image), torch.randn(5, 3, *image)
+        assert lben(x).is_contiguous()
+        with torch.no_grad():
+            assert lben(x).is_contiguous()
+
+
 def test_balance_leaves_activations_that_are_not_homogeneous_alone():
     lben = random_lben(activation="tanh")
     before = {name: value.clone() for name, value in lben.named_parameters()}
