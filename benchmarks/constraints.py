@@ -60,7 +60,7 @@ FROZEN = dict.fromkeys(("Psi", "G", "U", "V", "S", "b"), 0.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """One change of a run; ``start``: of what it begins with; ``reoptimise``: `reoptimised` after every epoch."""
+    """One change of a run; ``start``: of what it begins with; ``reoptimise``: Λ after every epoch."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -73,33 +73,38 @@ def only(*groups: str) -> dict[str, Any]:
 
 
 def reoptimise(net: lc.Network) -> float:
-    """Make the most of L, in place: each dense stage gets the multiplier that proves the least constant L* of its function,
-    and outputs grow by L/L*. Returns the product of these factors.
+    """Make the most of L, in place: the network's one dense stage gets the multiplier that proves the least constant L* of
+    its function, and its outputs grow by L/L*, which is returned.
 
-    V is rebuilt as a root of H at the new Λ; ε is at most what it was.
+    V is rebuilt as a root of H at the new Λ. H is nearly singular there, so that ε is less than it was.
     """
-    gained = 1.0
-    for stage in net.stages:
-        dae = stage.dae()
-        enclosure = lc.Enclosure.of(dae)
-        Q = best_outputs(enclosure, dae.Lambda / dae.lipschitz)
-        R = lc.H_matrix(dae.derive(Lambda=Q, lipschitz=1.0, V=None)) + dae.G.mH @ dae.G  # of R(Q): without G
-        least = float(torch.linalg.eigvalsh(dae.G @ torch.linalg.solve(R, dae.G.mH)).amax()) ** 0.5
-        least *= 1.0 + 1e-3  # strictly inside, so that there is an ε > 0
-        if least >= dae.lipschitz:
-            continue
-        factor = dae.lipschitz / least
-        best = lc.scale(dae.derive(Lambda=least * Q, lipschitz=least, V=None), 1.0, factor)
-        epsilon = min(stage.epsilon, 0.49 * float(torch.linalg.eigvalsh(lc.H_matrix(best)).amin()))
-        rebuilt = lc.LBEN.from_dae(best, epsilon=epsilon)
-        rebuilt.balance()
-        with torch.no_grad():
-            for name, parameter in stage.named_parameters():
-                parameter.copy_(getattr(rebuilt, name))
-        stage.epsilon = rebuilt.epsilon
-        stage.refresh()
-        gained *= factor
-    return gained
+    (stage,) = net.stages
+    dae = stage.dae()
+    Q = best_outputs(lc.Enclosure.of(dae), dae.Lambda / dae.lipschitz)
+    R = lc.H_matrix(dae.derive(Lambda=Q, lipschitz=1.0, V=None)) + dae.G.mH @ dae.G  # of R(Q): without G
+    least = float(torch.linalg.eigvalsh(dae.G @ torch.linalg.solve(R, dae.G.mH)).amax()) ** 0.5
+    least *= 1.0 + 1e-3  # strictly inside, so that there is an ε > 0
+    if least >= dae.lipschitz:
+        return 1.0
+    best = lc.scale(dae.derive(Lambda=least * Q, lipschitz=least, V=None), 1.0, dae.lipschitz / least)
+    best = lc.gauge(best) if best.sigma.homogeneous else best
+    epsilon = min(stage.epsilon, 0.49 * float(torch.linalg.eigvalsh(lc.H_matrix(best)).amin()))
+    rebuilt = lc.LBEN.from_dae(best, epsilon=epsilon)
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            parameter.copy_(getattr(rebuilt, name))
+    stage.epsilon = epsilon
+    stage.refresh()
+    return dae.lipschitz / least
+
+
+def reoptimise_at_epsilon(net: lc.Network) -> None:
+    """`reoptimise`, and ε as it was: W − (ε − ε′)Ψ has the same L."""
+    (stage,) = net.stages
+    epsilon = stage.epsilon
+    reoptimise(net)
+    stage.epsilon = epsilon
+    stage.refresh()
 
 
 ON_MNIST = (
@@ -175,8 +180,11 @@ class Study:
                 assert variant.start != "random" or self.random is not None
                 start = self.random() if variant.start == "random" and self.random is not None else source
                 net = lc.convert(start, check=False)
-                each = (lambda _, net=net: reoptimise(net)) if variant.reoptimise else None
-                lc.finetune(net, self.train, None, config, on_epoch=each)
+                if not variant.reoptimise:
+                    lc.finetune(net, self.train, None, config)
+                else:
+                    lc.finetune(net, self.train, None, config, on_epoch=lambda _, net=net: reoptimise_at_epsilon(net))
+                    reoptimise(net)  # what is kept is from before the last one
             found[variant.name] = self.accuracies(net)
             text = ", ".join(f"{100 * value:.2f}" for value in found[variant.name])
             CONSOLE.print(f"seed {seed}, {variant.name}: {text} ({time.perf_counter() - begun:.0f} s)", highlight=False)

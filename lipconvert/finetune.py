@@ -408,12 +408,13 @@ class _Run:
         # Before the weights are rounded to the precision they are trained in.
         # Ψ stays I then: with a homogeneous σ it is only a choice of scale for each state. What a caller froze is not moved.
         free = [stage for stage in self.stages if all(p.requires_grad for p in stage.parameters())]
-        self.balanced = {id(stage.log_psi) for stage in free if config.balance and stage.balance()}
-        if self.balanced and config.learning_rates.Psi not in (0.0, 1.0):
-            reason = (
-                "Ψ stays I where activations are homogeneous, as only scales of states would move: set balance to false"
-            )
+        scaled = [stage for stage in free if config.balance and stage.scalable]
+        if scaled and len(scaled) == len(self.stages) and config.learning_rates.Psi not in (0.0, 1.0):
+            reason = "Ψ stays I where it is only a scale of states: set balance to false to train it"
             raise InvalidParameterError("learning_rates.Psi", config.learning_rates.Psi, reason)
+        for stage in scaled:
+            stage.balance()
+        self.balanced = {id(stage.log_psi) for stage in scaled}
         self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
         frozen = [pair for support in self.supports for pair in support.frozen()] if config.penalty.freeze else []
         model.to(self.dtype)
@@ -479,7 +480,8 @@ class _Run:
             if parameter.requires_grad and factor > 0.0 and id(parameter) not in self.balanced:
                 found.setdefault(factor, []).append(parameter)
         if not found:
-            raise InvalidParameterError("learning_rates", self.config.learning_rates, "nothing is left to train")
+            reason = "nothing is left to train" + (": with balance Ψ stays I" if self.balanced else "")
+            raise InvalidParameterError("learning_rates", self.config.learning_rates, reason)
         return [{"params": parameters, "factor": factor} for factor, parameters in found.items()]
 
     def go(self) -> None:

@@ -22,7 +22,7 @@ from .construction import assemble, construct
 from .dae import DAE
 from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, full_precision, solve
 from .errors import InvalidParameterError, ShapeError
-from .spectrum import Grid, require_finite, triangular_factor
+from .spectrum import Grid, require_finite
 from .state_map import StateMap, triangular_blocks
 
 
@@ -158,39 +158,39 @@ class LBEN(nn.Module):
                 parameter.copy_(value)
         return self
 
+    @property
+    def scalable(self) -> bool:
+        """Whether `balance` applies: σ is positively homogeneous (ReLU, leaky ReLU, identity), and ε = 0 or Ψ = ψI.
+
+        Else ε(Ψ − ψI) would have to go into V′V, which would cost V its zeros.
+        """
+        return self.sigma.homogeneous and (self.epsilon == 0.0 or bool((self.log_psi == self.log_psi[0]).all()))
+
     @torch.no_grad()
     def balance(self) -> bool:
-        """The same function in the gauge Ψ = I, in place, where σ allows it; whether it does. (FORMULAS L4)
+        """The same function in the gauge Ψ = I, in place, where it is `scalable`; whether it is. (FORMULAS L4)
 
-        With D = Ψ^{-1/2}: U ← DU, b_z ← Db_z, G ← GD⁻¹, S ← D⁻¹SD⁻¹, Ψ ← I, and V′V + εI ← D⁻¹(V′V + εI)D⁻¹, which leaves
-        an ε > 0 at half of ε min Ψ and the rest to V. For training: W moves by Ψ times what V and S do, and in a converted
-        network Ψ may be in the hundreds for some states and 1 for others, while Adam's steps are of one size. Nothing
-        happens unless σ is positively homogeneous (identity, ReLU, leaky ReLU).
+        With D = Ψ^{-1/2}: U ← DU, b_z ← Db_z, G ← GD⁻¹, V ← VD⁻¹, S ← D⁻¹SD⁻¹, ε ← εψ, Ψ ← I. For training: W moves by Ψ
+        times what V and S do, and in a converted residual network Ψ is 1 for some states and may be in the hundreds for
+        others, while Adam's steps are of one size.
         """
-        if not self.sigma.homogeneous:
+        if not self.scalable:
             return False
-        if not bool(self.log_psi.any()):
-            return True
-        Psi = self.log_psi.double().exp()
-        D = Psi.rsqrt()
-        rows, columns = D.reshape(-1, *[1] * (self.S.dim() - 1)), D.reshape(-1, *[1] * (self.S.dim() - 2))
-        V = self.V / columns
-        if self.epsilon:
-            least = 0.5 * self.epsilon * float(Psi.min())
-            excess = (self.epsilon * Psi - least).sqrt().diag()
-            M = self.grid.matrices(V)
-            V = self.grid.kernels(triangular_factor(torch.cat([M, excess.to(M).expand_as(M)], dim=-2)))
-            self.epsilon = least
-        for parameter, value in (
-            (self.U, rows * self.U),
-            (self.b_z, D * self.b_z),
-            (self.G, self.G / columns),
-            (self.V, V),
-            (self.S, self.S / rows / columns),
-        ):
-            parameter.copy_(value)
-        self.log_psi.zero_()
-        self.refresh()
+        if bool(self.log_psi.any()):
+            Psi = self.log_psi.double().exp()
+            D = Psi.rsqrt()
+            rows, columns = D.reshape(-1, *[1] * (self.S.dim() - 1)), D.reshape(-1, *[1] * (self.S.dim() - 2))
+            for parameter, value in (
+                (self.U, rows * self.U),
+                (self.b_z, D * self.b_z),
+                (self.G, self.G / columns),
+                (self.V, self.V / columns),
+                (self.S, self.S / rows / columns),
+            ):
+                parameter.copy_(value)
+            self.epsilon *= float(Psi[0])
+            self.log_psi.zero_()
+            self.refresh()
         return True
 
     @property

@@ -434,7 +434,7 @@ class ScheduleConfig(_Options):
 
 
 class LearningRates(_Options):
-    """Factors of the learning rate for each group of parameters of the stages; 0 freezes a group."""
+    """Factors of the learning rate for each group of parameters of the stages; 0 freezes a group, as it is once balanced."""
 
     Psi: Factor = 1.0
     G: Factor = 1.0
@@ -470,8 +470,8 @@ class TrainingConfig(_Options):
     penalty: PenaltyConfig = PenaltyConfig()
     balance: bool = Field(
         default=True,
-        description="where activations are homogeneous: scale the states so that Ψ = I, and keep it; the same function. "
-        "Stages of which the caller has frozen parameters stay as they are",
+        description="scale the states so that Ψ = I, and keep it, where activations are homogeneous and ε = 0 or Ψ = ψI: the "
+        "same function. Stages of which the caller has frozen parameters stay as they are",
     )
     epsilon: float | None = Field(
         default=None,

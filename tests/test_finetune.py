@@ -516,7 +516,7 @@ def rescaled(net: lc.Network, seed: int = 0) -> lc.Network:
     return result
 
 
-@pytest.mark.parametrize("start", [network, image_network], ids=["dense", "images"])
+@pytest.mark.parametrize("start", [lambda: network(epsilon=0.0), image_network], ids=["dense", "images"])
 def test_a_balanced_run_does_not_depend_on_the_scale_of_the_states_it_starts_from(start):
     plain, other = start(), rescaled(start())
     assert max(float(stage.Psi.detach().max() / stage.Psi.detach().min()) for stage in other.stages) > 100.0
@@ -534,7 +534,16 @@ def test_a_balanced_run_does_not_depend_on_the_scale_of_the_states_it_starts_fro
 
 def test_a_rate_of_psi_that_stays_is_refused():
     with pytest.raises(lc.InvalidParameterError, match=r"Psi.*balance"):
-        lc.finetune(network(), labelled((SIZE,), 11), config=configured(balance=True, learning_rates={"Psi": 2.0}))
+        lc.finetune(
+            network(epsilon=0.0), labelled((SIZE,), 11), config=configured(balance=True, learning_rates={"Psi": 2.0})
+        )
+    only = {"Psi": 1.0} | dict.fromkeys("GUVSb", 0.0)
+    net = network(epsilon=0.0)
+    before = weights_of(net)
+    with pytest.raises(lc.InvalidParameterError, match=r"nothing is left to train: with balance"):
+        lc.finetune(net, labelled((SIZE,), 11), config=configured(balance=True, learning_rates=only))
+    lc.finetune(net, labelled((SIZE,), 11), config=configured(learning_rates=only))
+    assert not torch.equal(net.stages[0].log_psi, before["steps.0.log_psi"])
 
 
 def test_where_activations_are_not_homogeneous_psi_is_trained():
@@ -545,7 +554,7 @@ def test_where_activations_are_not_homogeneous_psi_is_trained():
 
 
 def test_without_it_the_scale_of_the_states_is_the_scale_of_the_steps():
-    plain, other = network(), rescaled(network())
+    plain, other = network(epsilon=0.0), rescaled(network(epsilon=0.0))
     data = labelled(plain.input_shape, 40)
     config = configured(epochs=1, learning_rates={"V": 0.0})
     losses = [lc.finetune(net, data, config=config).history[-1].loss for net in (plain, other)]
@@ -1585,7 +1594,9 @@ def test_a_compiled_run_is_the_run(tmp_path):
             raise StopError
 
     plain, losses = run(False)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled, found = run(True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     assert found == pytest.approx(losses, rel=1e-12)
     for name, value in weights_of(plain).items():
         torch.testing.assert_close(dict(compiled.named_parameters())[name].detach(), value, rtol=1e-8, atol=1e-9)

@@ -627,16 +627,23 @@ def test_copies_do_not_carry_the_assembled_W() -> None:
 @pytest.mark.parametrize("image", [(), (4, 6), (3, 5)], ids=["dense", "4x6", "3x5"])
 def test_balance_is_the_gauge_of_the_dae_and_keeps_function_and_constant(image, epsilon):
     lben = random_lben(activation="relu", epsilon=epsilon, image=image)
-    before, x = lben.dae(), torch.randn(4, 3, *image)
+    if epsilon:
+        with torch.no_grad():
+            lben.log_psi.fill_(0.7)
+    x = torch.randn(4, 3, *image)
     with torch.no_grad():
+        lben.V.view(-1)[::3] = 0.0
+        before = lben.dae()
         y = lben(x)
         assert lben.balance()
         assert torch.equal(lben.Psi, torch.ones(6))
+        assert bool((lben.V.flatten()[::3] == 0).all())
         assert float((lben(x) - y).abs().max()) <= 1e-12 * float(y.abs().max())
     D = before.Lambda.sqrt()
     W = D.unsqueeze(-1) * before.W / D  # by hand, from equation (2) in the old gauge
     assert float((lben.W.detach() - W).abs().max()) <= 1e-12 * float(W.abs().max())
-    assert (lben.lipschitz, lben.epsilon > 0.0) == (1.7, epsilon > 0.0)
+    assert lben.lipschitz == 1.7
+    assert lben.epsilon == pytest.approx(epsilon * np.exp(0.7), rel=1e-14)
     again = {name: value.clone() for name, value in lben.named_parameters()}
     assert lben.balance()
     assert all(torch.equal(again[name], value) for name, value in lben.named_parameters())
@@ -650,15 +657,20 @@ def test_outputs_are_contiguous():
             assert lben(x).is_contiguous()
 
 
-def test_balance_leaves_activations_that_are_not_homogeneous_alone():
-    lben = random_lben(activation="tanh")
+@pytest.mark.parametrize(
+    "options", [{"activation": "tanh"}, {"activation": "relu", "epsilon": 0.2}], ids=["tanh", "epsilon"]
+)
+def test_what_cannot_be_balanced_is_left_alone(options):
+    """σ that is not homogeneous; and ε > 0 with a Ψ that is no multiple of I."""
+    lben = random_lben(**options)
     before = {name: value.clone() for name, value in lben.named_parameters()}
+    assert not lben.scalable
     assert not lben.balance()
     assert all(torch.equal(before[name], value) for name, value in lben.named_parameters())
 
 
 def test_balance_keeps_the_precision_of_the_module():
-    lben = random_lben(activation="relu").float()
+    lben = random_lben(activation="relu", epsilon=0.0).float()
     x = torch.randn(4, 3, dtype=torch.float32)
     with torch.no_grad():
         y = lben(x)
