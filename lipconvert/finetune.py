@@ -407,19 +407,19 @@ class _Run:
         self._require_stages()
         # Before the weights are rounded to the precision they are trained in.
         # Ψ stays I then: with a homogeneous σ it is only a choice of scale for each state. What a caller froze is not moved.
-        free = [stage for stage in self.stages if all(p.requires_grad for p in stage.parameters())]
+        free = [stage for stage in self._trained if all(p.requires_grad for p in stage.parameters())]
         scaled = [stage for stage in free if config.balance and stage.scalable]
-        if scaled and len(scaled) == len(self.stages) and config.learning_rates.Psi not in (0.0, 1.0):
+        if scaled and len(scaled) == len(self._trained) and config.learning_rates.Psi not in (0.0, 1.0):
             reason = "Ψ stays I where it is only a scale of states: set balance to false to train it"
             raise InvalidParameterError("learning_rates.Psi", config.learning_rates.Psi, reason)
         for stage in scaled:
             stage.balance()
         self.balanced = {id(stage.log_psi) for stage in scaled}
-        self.supports = [_Support(s) for s in self.stages if s.grid] if self._penalised else []
+        self.supports = [_Support(s) for s in self._trained if s.grid] if self._penalised else []
         frozen = [pair for support in self.supports for pair in support.frozen()] if config.penalty.freeze else []
         model.to(self.dtype)
         with torch.no_grad():
-            for k, stage in enumerate(self.stages):
+            for k, stage in enumerate(self._trained):
                 if config.epsilon is not None:
                     stage.epsilon = config.epsilon
                 if config.roots:
@@ -451,17 +451,27 @@ class _Run:
             model.eval()
 
     @property
+    def _trained(self) -> list[LBEN]:
+        """The stages that are trained."""
+        chosen = self.config.stages
+        return self.stages if chosen is None else [stage for k, stage in enumerate(self.stages) if k in chosen]
+
+    @property
     def _penalised(self) -> bool:
         return self.config.penalty.weight > 0.0 or self.config.penalty.freeze
 
     def _require_stages(self) -> None:
         """Options that are about LBEN stages need some."""
         config, default = self.config, TrainingConfig()
-        needs = [n for n in ("learning_rates", "epsilon", "roots") if getattr(config, n) != getattr(default, n)]
+        needs = [
+            n for n in ("stages", "learning_rates", "epsilon", "roots") if getattr(config, n) != getattr(default, n)
+        ]
         if needs and not self.stages:
             raise InvalidParameterError(needs[0], getattr(config, needs[0]), "only a converted network has such stages")
-        if self._penalised and not any(stage.grid for stage in self.stages):
-            raise InvalidParameterError("penalty", config.penalty, "no stage of the network is on images")
+        if config.stages is not None and max(config.stages) >= len(self.stages):
+            raise InvalidParameterError("stages", config.stages, f"the network has {len(self.stages)}, from 0")
+        if self._penalised and not any(stage.grid for stage in self._trained):
+            raise InvalidParameterError("penalty", config.penalty, "no stage that is trained is on images")
         if config.compile and _equilibria(self.model):
             raise InvalidParameterError(
                 "compile", True, "equilibria are solved by loops; only explicit layers gain by it"
@@ -473,10 +483,11 @@ class _Run:
         """Parameters by what stands in their names, each with the factor of its learning rate."""
         names = {"log_psi": "Psi", "G": "G", "U": "U", "V": "V", "S": "S", "b_z": "b", "b_y": "b"}
         of_stage = {id(p): names[n] for stage in self.stages for n, p in stage.named_parameters(recurse=False)}
+        chosen = {id(p) for stage in self._trained for p in stage.parameters()}
         found: dict[float, list[nn.Parameter]] = {}
         for parameter in self.model.parameters():
             group = of_stage.get(id(parameter))
-            factor = 1.0 if group is None else getattr(self.config.learning_rates, group)
+            factor = 1.0 if group is None else getattr(self.config.learning_rates, group) * (id(parameter) in chosen)
             if parameter.requires_grad and factor > 0.0 and id(parameter) not in self.balanced:
                 found.setdefault(factor, []).append(parameter)
         if not found:

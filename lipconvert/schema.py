@@ -465,6 +465,9 @@ class TrainingConfig(_Options):
     clip: float | None = Field(default=None, gt=0.0, description="largest norm of the gradient")
     schedule: ScheduleConfig = ScheduleConfig()
     learning_rates: LearningRates = Field(default=LearningRates(), description="of the stages of a converted network")
+    stages: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, min_length=1, description="the stages of a converted network that are trained, from 0; null: all"
+    )
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
     penalty: PenaltyConfig = PenaltyConfig()

@@ -452,6 +452,26 @@ def test_nothing_left_to_train_is_refused():
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("k", [0, 1])
+def test_only_the_stages_asked_for_are_trained(k):
+    net = image_network()
+    before, epsilons = weights_of(net), [stage.epsilon for stage in net.stages]
+    config = configured(balance=True, stages=[k], epsilon=0.01, roots=0.1)
+    lc.finetune(net, labelled(net.input_shape, 11), config=config)
+    for j, stage in enumerate(net.stages):
+        names = [name for name, p in net.named_parameters() if any(p is q for q in stage.parameters())]
+        same = [torch.equal(before[name], dict(net.named_parameters())[name]) for name in names]
+        assert (not any(same)) if j == k else all(same)
+        assert stage.epsilon == (0.01 if j == k else epsilons[j])
+        assert all(p.requires_grad for p in stage.parameters())
+
+
+@pytest.mark.parametrize("stages", [[2], [0, 5]])
+def test_stages_that_are_not_there_are_refused(stages):
+    with pytest.raises(lc.InvalidParameterError, match=r"stages.*2, from 0"):
+        lc.finetune(image_network(), labelled((3, 4, 6), 11), config=configured(stages=stages))
+
+
 @pytest.mark.parametrize("balance", [False, True])
 def test_parameters_frozen_by_the_caller_stay_and_keep_being_frozen(balance):
     net = network()
