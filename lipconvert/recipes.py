@@ -230,7 +230,15 @@ def run(
     order.told(path.stem, "certifying")
     net = net.double()
     pairs = Samples.of(order.data(recipe.data, "test"), "the test data").dataset(net.input_shape, torch.float64)
-    robustness = certify(net, pairs, recipe.training.radii, recipe.method, model=recipe.title, name=recipe.data)
+    robustness = certify(
+        net,
+        pairs,
+        recipe.training.radii,
+        recipe.method,
+        seconds=recipe.seconds,
+        model=recipe.title,
+        name=recipe.data,
+    )
     result = RecipeResult(
         name=path.stem,
         recipe=recipe,

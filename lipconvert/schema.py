@@ -584,6 +584,7 @@ class Recipe(_Document):
     convert: ConversionConfig = ConversionConfig()
     training: TrainingConfig = TrainingConfig()
     method: Method = Field(default="tightened", description="the strongest to certify with; weaker ones come along")
+    seconds: float | None = Field(default=None, gt=0.0, description="at most, for the search of multipliers of method")
     paper: PaperRow | None = None
 
     @model_validator(mode="after")

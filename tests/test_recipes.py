@@ -674,6 +674,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_entry_that
         ({"paper": {**PAPER, "nope": 1}}, ("paper.nope", "unknown", "natural, certified")),
         ({"paper": {**PAPER, "certified": [0.5]}}, ("paper.certified",)),
         ({"method": "guessed"}, ("method", "guessed", "tightened")),
+        ({"seconds": 0.0}, ("seconds", "greater than 0")),
         ({"model": "sll"}, ("model", "sll")),
         ({"model": {**MONDEQ, "std": [0.0]}}, ("model.std", "greater than 0")),
         ({"model": {**MONDEQ, "mean": [0.1, 0.2], "std": [1.0, 1.0, 1.0]}}, ("mean", "std")),
@@ -897,6 +898,21 @@ def test_the_table_of_one_recipe_has_its_rows_alone():
     shown = command("table", "a.yaml").stdout
     assert "lipconvert train a.yaml" in shown
     assert "b.yaml" not in shown
+
+
+def test_the_search_for_multipliers_may_be_given_a_time(monkeypatch):
+    given = []
+
+    def certify(*arguments, seconds, **about):
+        given.append(seconds)
+        return lc.certify(*arguments, seconds=seconds, **about)
+
+    monkeypatch.setattr(recipes, "certify", certify)
+    write("a.yaml", model=MONDEQ, method="tightened", seconds=0.001)
+    short = recipes.run("a.yaml", Told().order)
+    assert given == [0.001]
+    # No time at all is still a certificate, at least as strong as the pairwise one.
+    assert all(a >= b for a, b in zip(short.certified_accuracy[2], short.certified_accuracy[1], strict=True))
 
 
 def test_methods_have_a_row_each_but_for_pairwise(chain):
