@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import lipconvert as lc
 from lipconvert.accuracy import Accuracy
+from lipconvert.augment import Augmentation
 from lipconvert.bounds import Bounds
+from lipconvert.schema import AugmentConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +98,60 @@ def test_the_errors_of_float32_on_the_device_are_bounded(name, precision):
     known = found.converged.cpu()
     assert precision == "tf32" or bool(known.all())
     assert bool((off <= found.error[:, 0].cpu() + close.error[:, 0])[known].all())
+
+
+def images() -> list[tuple[Tensor, int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.rand(2, 8, 7, generator=generator), k % 3) for k in range(40)]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.01])
+def test_fine_tuning_gives_the_weights_it_gives_on_the_cpu(epsilon):
+    config = {
+        "epochs": 2,
+        "batch_size": 16,
+        "precision": "64-true",
+        "epsilon": epsilon,
+        "tolerance": 1e-12,  # both solve to the same equilibria, by whatever steps
+        "augment": {"crop": 1, "flip": True},
+        "held_out": 10,
+        "keep": "last",
+    }
+    start = network("convolutions")[1]
+    trained = {}
+    for accelerator in ("cpu", "cuda"):
+        net = copy.deepcopy(start)
+        report = lc.finetune(net, images(), config=lc.TrainingConfig(accelerator=accelerator, **config))
+        assert all(record.proved_lipschitz <= 1.01 * net.lipschitz for record in report.history)
+        trained[accelerator] = {name: value.detach().cpu() for name, value in net.named_parameters()}
+    for name, value in trained["cpu"].items():
+        # Adam divides by the root of squares: round-off of 1e-15 grows where gradients are small.
+        torch.testing.assert_close(trained["cuda"][name], value, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_on_the_device_goes_on_where_it_was_saved(precision, tmp_path):
+    config = lc.TrainingConfig(epochs=2, batch_size=16, precision=precision, accelerator="cuda", keep="last")
+
+    def stop(step: int, total: int, loss: float) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    start, data = MODELS["dense"]().float(), [(torch.randn(6).float(), k % 3) for k in range(40)]
+    whole, killed, halves = (copy.deepcopy(start) for _ in range(3))
+    lc.train(whole, data, config=config)
+    with pytest.raises(KeyboardInterrupt):
+        lc.train(killed, data, config=config, folder=tmp_path, save_seconds=0.0, on_step=stop)
+    lc.train(halves, data, config=config, folder=tmp_path)
+    for ours, theirs in zip(halves.parameters(), whole.parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours.cpu(), theirs.cpu())
+
+
+def test_augmentation_is_that_of_the_cpu():
+    colours = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": 0.1}
+    augment = Augmentation(AugmentConfig(crop=2, flip=True, **colours), (3, 12, 10))
+    x, draws = torch.rand(20, 3, 12, 10), augment.draw(20, torch.Generator().manual_seed(1))
+    there = augment(x.to("cuda"), draws)
+    assert there.device.type == "cuda"
+    torch.testing.assert_close(there.cpu(), augment(x, draws), rtol=0.0, atol=1e-12)
