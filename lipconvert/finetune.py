@@ -645,9 +645,12 @@ class _Run:
         if path is None or not path.is_file():
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["key"] != self.key:
-            differ = [k for k in self.key if state["key"].get(k) != self.key[k]]
-            shown = ", ".join(f"{k}: {state['key'].get(k)!r} there, {self.key[k]!r} here" for k in differ[:3])
+        here, there = ({k: repr(v) for k, v in key.items()} for key in (self.key, state["key"]))
+        if differ := [k for k in here | there if here.get(k) != there.get(k)]:
+            # An option that one of them lacks: the run is of another version.
+            shown = ", ".join(
+                f"{k}: {there.get(k, 'nothing')} there, {here.get(k, 'nothing')} here" for k in differ[:3]
+            )
             reason = f"it holds another run ({shown}): take another one (--out), or remove it"
             raise InvalidParameterError("folder", str(path.parent), reason)
         self.model.load_state_dict(state["model"])

@@ -1330,6 +1330,25 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(name, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
+@pytest.mark.parametrize(("here", "there"), [(True, False), (False, True)])
+def test_a_folder_of_another_version_is_refused_with_the_option_that_only_one_of_them_has(here, there, tmp_path):
+    """Also where that option is null, as it would be by default."""
+
+    def go():
+        lc.finetune(network(), labelled((SIZE,), 20), config=configured(), folder=tmp_path)
+
+    go()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    if here:
+        assert state["key"].pop("clip") is None
+    if there:
+        state["key"]["other"] = None
+    torch.save(state, tmp_path / "state.pt")
+    expected = r"\(clip: nothing there, None here\)" if here else r"\(other: None there, nothing here\)"
+    with pytest.raises(lc.InvalidParameterError, match=expected):
+        go()
+
+
 def test_a_folder_of_a_run_on_other_data_is_refused(tmp_path):
     with pytest.raises(StopError):
         lc.finetune(
