@@ -295,7 +295,7 @@ class Activations:
             offset += size
         return Activations.of(picked)
 
-    def take(self, samples: Tensor) -> Activations:
+    def take(self, samples: Tensor | slice) -> Activations:
         """The activations of some samples of a batch: the same for all (solvers ask; see `lipconvert.solvers`)."""
         del samples
         return self

@@ -254,7 +254,7 @@ class _Ball:
     radius: Tensor  # (B,), float64
     box: tuple[float, float] | None
 
-    def take(self, samples: Tensor) -> _Ball:
+    def take(self, samples: Tensor | slice) -> _Ball:
         return replace(self, x=self.x[samples], radius=self.radius[samples])
 
     def project(self, z: Tensor) -> Tensor:

@@ -103,6 +103,10 @@ class SolverOptions:
 
 DEFAULT = SolverOptions()
 
+# Bytes of states solved for at a time on a CPU: what outgrows the cache, and what an allocator keeps, takes three
+# times as long.
+PORTION = 2**22
+
 # ‖W − T‖ up to which sweeps are tried first: they gain about a digit for each factor of ten below 1.
 NEARLY_TRIANGULAR = 0.5
 
@@ -153,12 +157,28 @@ def solve(
         )
     with torch.no_grad():
         u = u.detach()
-        solution = _dispatch(map, _in_coordinates(map.grid, sigma), u, options, tolerance, consume)
+        solution = _in_portions(map, _in_coordinates(map.grid, sigma), u, options, tolerance, consume)
     if options.throw and not bool(solution.converged.all()):
         require_finite(map.W, f"W of {where}")
         require_finite(u, f"the input Ux + b_z of {where}")
         raise NotConvergedError(solution, tolerance, where)
     return solution
+
+
+def _in_portions(
+    map: StateMap, sigma: Elementwise, u: Tensor, options: SolverOptions, tolerance: float, consume: bool
+) -> Solution:
+    """Some samples after others, where all of them together are more than a `PORTION`."""
+    size = max(1, PORTION // max(1, u[:1].nbytes)) if u.device.type == "cpu" else len(u)
+    if len(u) <= size:
+        return _dispatch(map, sigma, u, options, tolerance, consume)
+    value, parts = u if consume else torch.empty_like(u), []
+    for first in range(0, len(u), size):
+        rows = slice(first, first + size)
+        parts.append(_dispatch(map, sigma.take(rows), u[rows], options, tolerance, consume))
+        value[rows] = parts[-1].value
+    report = (torch.cat([getattr(p, name) for p in parts]) for name in ("residual", "scale", "steps", "status"))
+    return Solution(value, *report, max((p.method for p in parts), key=len))  # the longest chain has all that ran
 
 
 def _dispatch(
@@ -313,7 +333,7 @@ class _Slopes:
     def slope(self, v: Tensor) -> Tensor:
         return self.D.expand_as(v)
 
-    def take(self, samples: Tensor) -> _Slopes:
+    def take(self, samples: Tensor | slice) -> _Slopes:
         kept = self._proximal
         return _Slopes(self.D[samples], None if kept is None else (kept[0], kept[1][samples]))
 
@@ -355,7 +375,7 @@ class _OnPixels:
     def slope(self, v: Tensor) -> Tensor:
         raise NotImplementedError("slopes differ from pixel to pixel: they have no coordinates")
 
-    def take(self, samples: Tensor) -> _OnPixels:
+    def take(self, samples: Tensor | slice) -> _OnPixels:
         return _OnPixels(self.grid, [(n, None if sigma is None else sigma.take(samples)) for n, sigma in self.parts])
 
     def slopes(self, v: Tensor) -> _OnPixels:

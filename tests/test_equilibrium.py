@@ -3,6 +3,7 @@
 On images against finite differences in pixels and kernels, an unrolled iteration, and the dense circulant form.
 """
 
+import importlib
 import math
 
 import numpy as np
@@ -483,3 +484,33 @@ def test_a_forward_pass_without_gradients_holds_one_state(monkeypatch: pytest.Mo
     with torch.no_grad():
         net(torch.randn(4, 18))
     assert seen == [True]
+
+
+@pytest.mark.parametrize("method", ["auto", "sweep", "peaceman_rachford", "forward_backward"])
+@pytest.mark.parametrize("image", [(), (4, 5)])
+def test_samples_are_solved_in_portions_that_fit_a_cache(method, image, monkeypatch):
+    """Outputs, gradients and reports are those of all samples at once; a forward substitution may overwrite what it read."""
+    engine = importlib.import_module("lipconvert.equilibrium")
+    W = 0.3 * contraction()
+    if image:
+        W = lc.Grid(image).matrices(0.02 * torch.randn(N, N, *image)) + W
+    map = StateMap(W.to(torch.complex128) if image else W, Lambda=torch.ones(N), grid=lc.Grid(image))
+    sigma, options = Activations.of([("relu", N)]), SolverOptions(method)
+    x = map.grid.coordinates(torch.randn(7, N, *image))
+
+    def solved(portion: int) -> tuple[lc.Solution, Tensor, Tensor]:
+        monkeypatch.setattr(engine, "PORTION", portion)
+        leaf, u = map.W.clone().requires_grad_(), x.clone().requires_grad_()
+        (map.grid.values(equilibrium(leaf, u, sigma, map, options)) ** 3).sum().backward()
+        return solve(map, sigma, x, options), leaf.grad, u.grad
+
+    together, dW, du = solved(2**40)
+    for portion in (1, 2 * x[0].nbytes, 3 * x[0].nbytes + 1):
+        parts, dW_parts, du_parts = solved(portion)
+        for name in ("value", "residual", "scale"):
+            torch.testing.assert_close(getattr(parts, name), getattr(together, name), rtol=0.0, atol=1e-11)
+        assert torch.equal(parts.status, together.status)
+        assert parts.steps.shape == (7,)
+        assert parts.method == together.method
+        torch.testing.assert_close(dW_parts, dW, rtol=0.0, atol=1e-10)
+        torch.testing.assert_close(du_parts, du, rtol=0.0, atol=1e-10)
