@@ -1143,6 +1143,8 @@ def finetune_command(
     training = _training_config(config, _settings(settings), seed)
     images, training = _training_data(model, data_name, data_dir, limit, training)
     folder = out or Path("runs") / "finetuned"
+    if Path(model).resolve() == (folder / recipes.NETWORK).resolve():
+        raise InvalidParameterError("--out", str(folder), "its network would take the place of MODEL: take another")
     with _progress(quiet=place()[0] > 0) as bars:
         shown = _Training(bars, as_json)
         net = _network(model, weights, option, asked)
@@ -1171,7 +1173,7 @@ def table_command(
     if not folder.exists():
         raise InvalidParameterError("RECIPES", str(folder), "there is no such file or folder")
     found = recipes.results_of(folder, results)
-    headings, rows = recipes.rows_of(found)
+    headings, rows = recipes.rows_of(found, recipes.stale)
     if out is not None:
         with whole(out) as partial:
             partial.write_text(recipes.markdown(headings, rows), encoding="utf-8")

@@ -177,8 +177,11 @@ def _in_portions(
         rows = slice(first, first + size)
         parts.append(_dispatch(map, sigma.take(rows), u[rows], options, tolerance, consume))
         value[rows] = parts[-1].value
-    report = (torch.cat([getattr(p, name) for p in parts]) for name in ("residual", "scale", "steps", "status"))
-    return Solution(value, *report, max((p.method for p in parts), key=len))  # the longest chain has all that ran
+    return Solution(
+        value,
+        *(torch.cat(each) for each in zip(*((p.residual, p.scale, p.steps, p.status) for p in parts), strict=True)),
+        method=max((p.method for p in parts), key=len),  # the longest chain has all that ran
+    )
 
 
 def _dispatch(

@@ -8,6 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from .errors import InvalidParameterError
+
+# In a folder while a process writes to it.
+LOCK = ".lock"
+
 
 def partial_of(path: str | Path) -> Path:
     """Where what will be ``path`` is written to."""
@@ -53,3 +60,24 @@ def whole(path: str | Path) -> Iterator[Path]:
     """`replaced` for one file."""
     with replaced(path) as (partial,):
         yield partial
+
+
+@contextmanager
+def alone(folder: str | Path) -> Iterator[None]:
+    """A folder, made if there is none, in which no other process writes inside the block.
+
+    Raises `InvalidParameterError` where another is at it. A process that is killed leaves no lock behind.
+    """
+    where = Path(folder)
+    where.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(where / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        reason = "another process is running in it: wait for that one, or take another folder"
+        raise InvalidParameterError("folder", str(where), reason) from None
+    try:
+        yield
+    finally:
+        (where / LOCK).unlink(missing_ok=True)
+        lock.release()

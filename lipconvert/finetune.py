@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import math
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,8 +38,15 @@ from .conditions import H_matrix, H_scale, unit_gauge
 from .convert import convert
 from .data import Images, Shaped
 from .equilibrium import SolverOptions
-from .errors import InvalidParameterError, LipconvertError, NotFiniteError, NotPSDError, ShapeError
-from .files import whole
+from .errors import (
+    InvalidParameterError,
+    LipconvertError,
+    NotFiniteError,
+    NotPSDError,
+    ShapeError,
+    WeightsError,
+)
+from .files import alone, whole
 from .lben import LBEN
 from .network import Network
 from .plotting import plot_training, radius_name
@@ -44,18 +54,23 @@ from .schema import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig,
 from .shards import fingerprint, over
 from .spectrum import least_eigenvalue, roundoff
 from .trace import trace
+from .weights import opened
 
 # Of H(Ψ⁻¹, L) = 2V′V + 2εI in the gauge Ψ = I, in float64; more is allowed only where the round-off of its terms is more.
 LEAST_EIGENVALUE = -1e-8
 
-# Files of a run in its folder.
+# Files of a run in its folder, and what the state of one has.
 STATE, METRICS, REPORT, CURVES = "state.pt", "metrics.csv", "report.json", "curves.png"
+STATE_ENTRIES = ("key", "model", "optimizer", "step", "sums", "history", "kept", "weights")
 
 # Kernel entries below this part of the largest are round-off, of the transform or of the floats a network was stored in.
 SUPPORT = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 # Below the square of any norm: the root of 0 has no derivative.
 TINY = 1e-30
+
+# What a data set may hold.
+ARRAYS = (Tensor, np.ndarray)
 
 OnStep = Callable[[int, int, float], object]
 """(step, steps in all, loss)."""
@@ -98,7 +113,7 @@ def finetune(
         hint = "only a converted network is fine-tuned: lipconvert.convert(model). lipconvert.train takes source models"
         raise InvalidParameterError("net", type(net).__name__, hint)
     about = _About(model, data, net.input_shape, folder, save_seconds, tensorboard, on_step, on_epoch)
-    return _fit(net, lambda: net, train, validation, config or TrainingConfig(), about)
+    return _fit(net, lambda: net, train, validation, config, about)
 
 
 def train(
@@ -129,7 +144,7 @@ def train(
         return convert(model, shape, plugin=plugin, check=False)
 
     about = _About(name, data, converted().input_shape, folder, save_seconds, tensorboard, on_step, on_epoch)
-    return _fit(model, converted, samples, validation, config or TrainingConfig(), about)
+    return _fit(model, converted, samples, validation, config, about)
 
 
 def input_shape_of(model: nn.Module, sample: Sequence[int], plugin: str | None = None) -> tuple[int, ...] | None:
@@ -179,9 +194,10 @@ class Samples:
 
     @classmethod
     def of(cls, data: Any, where: str) -> Samples:
-        """Of a map-style data set of (input, label), or of the batches of a loader.
+        """Of a map-style data set of (input, label), of the batches of a loader, or of a pair of tensors.
 
-        Raises `InvalidParameterError` for what is neither, or empty, and for labels that are no integers.
+        Raises `InvalidParameterError` for what is none of them, or empty, and for labels that are no integers, `ShapeError`
+        for samples of several shapes, `NotFiniteError` for inputs with NaN or infinity.
         """
         if isinstance(data, Samples):
             return data
@@ -189,16 +205,7 @@ class Samples:
             data = data.images.first(len(data))
         if isinstance(data, Images):
             return cls(data.pixels, data.labels, data.top)
-        if type(data) is TensorDataset and len(data.tensors) == 2:
-            x, labels = data.tensors
-        elif hasattr(data, "__getitem__") or isinstance(data, DataLoader):
-            batches = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=256)
-            pairs = [tuple(batch) for batch in batches]
-            if not pairs or any(len(pair) != 2 for pair in pairs):
-                raise InvalidParameterError(where, type(data).__name__, "it must be a data set of (input, label)")
-            x, labels = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*pairs, strict=True))
-        else:
-            raise InvalidParameterError(where, type(data).__name__, "it must be a data set of (input, label)")
+        x, labels = cls._tensors(data, where)
         if len(x) == 0:
             raise InvalidParameterError(where, "empty", "at least one sample is needed")
         if not x.is_floating_point():
@@ -208,7 +215,47 @@ class Samples:
         if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(x):
             shape = f"{labels.dtype} {tuple(labels.shape)}"
             raise InvalidParameterError(f"the labels of {where}", shape, f"they must be ({len(x)},) integers")
+        if bad := int((~torch.isfinite(x)).sum()):
+            raise NotFiniteError(f"the inputs of {where}", bad, x.numel())
         return cls(x, labels.long(), 1.0)
+
+    @staticmethod
+    def _tensors(data: Any, where: str) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of a data set or a loader, each in one tensor."""
+        kinds = "it must be a data set or loader of (input, label), or a pair of tensors (inputs, labels)"
+        if type(data) is TensorDataset:
+            data = data.tensors
+        if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, ARRAYS) for part in data):
+            return torch.as_tensor(data[0]), torch.as_tensor(data[1])
+        loader = isinstance(data, DataLoader)
+        if not loader and (
+            isinstance(data, str | Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+        ):
+            raise InvalidParameterError(where, type(data).__name__, kinds)
+        given = list(data) if loader else [data[k] for k in range(len(data))]
+        inputs, labels = [], []
+        for k, pair in enumerate(given):
+            what = f"{'batch' if loader else 'sample'} {k} of {where}"
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise InvalidParameterError(what, type(pair).__name__, kinds)
+            x, label = pair
+            if not isinstance(x, ARRAYS):
+                reason = "its input must be a tensor; torchvision.transforms.ToTensor makes one of an image"
+                raise InvalidParameterError(what, type(x).__name__, reason)
+            if not isinstance(label, (*ARRAYS, int, np.integer)):
+                raise InvalidParameterError(what, type(label).__name__, "its label must be an integer")
+            x, label = torch.as_tensor(x), torch.as_tensor(label)
+            inputs.append(x if loader else x.unsqueeze(0))
+            labels.append(label if loader else label.reshape(1))
+            if inputs[-1].dim() == 0 or labels[-1].dim() == 0 or len(inputs[-1]) != len(labels[-1]):
+                raise ShapeError(what, "(B, ...) and (B,)", f"{tuple(x.shape)} and {tuple(label.shape)}")
+            if inputs[-1].shape[1:] != inputs[0].shape[1:]:
+                raise ShapeError(
+                    what, tuple(inputs[0].shape[1:]), tuple(inputs[-1].shape[1:]), "All must have one shape."
+                )
+        if not given:
+            raise InvalidParameterError(where, "empty", "at least one sample is needed")
+        return torch.cat(inputs), torch.cat(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -261,16 +308,23 @@ def _fit(
     converted: Callable[[], Network],
     train: Any,
     validation: Any,
-    config: TrainingConfig,
+    config: TrainingConfig | None,
     about: _About,
 ) -> FinetuneReport:
+    if config is None:
+        config = TrainingConfig()
+    elif not isinstance(config, TrainingConfig):
+        raise InvalidParameterError("config", type(config).__name__, "it must be a TrainingConfig(...)")
     samples, held = _split(train, validation, config, about.input_shape)
     fabric = _fabric(config, about)
-    run = _Run(model, converted, samples, held, config, about, fabric)
-    with run.prepared():
-        run.resume()
-        run.go()
-    return run.finish()
+    with ExitStack() as stack:
+        if about.folder is not None and fabric.global_rank == 0:
+            stack.enter_context(alone(about.folder))
+        run = _Run(model, converted, samples, held, config, about, fabric)
+        with run.prepared():
+            run.resume()
+            run.go()
+        return run.finish()
 
 
 def _split(
@@ -308,6 +362,12 @@ def _fabric(config: TrainingConfig, about: _About) -> Any:
     from lightning.fabric import Fabric
 
     devices, nodes = config.devices, 1
+    if config.accelerator == "cuda" and (here := torch.cuda.device_count()) < devices:
+        reason = f"{here} CUDA devices are here and devices is {devices}: take accelerator cpu, or fewer"
+        raise InvalidParameterError("accelerator", "cuda", reason)
+    if devices > 1 and "LOCAL_RANK" not in os.environ and sys.argv[0] in ("", "-c", "-"):
+        reason = "every process runs the script anew, and there is no file of it: put it into one"
+        raise InvalidParameterError("devices", devices, reason)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
@@ -341,6 +401,9 @@ class _Support:
     def __init__(self, stage: LBEN) -> None:
         self.stage = stage
         self.outside = self._absent(stage.grid.kernels(stage.dae().W).to(stage.S.dtype))
+        self.outside[:, :, 0, 0] &= ~torch.eye(
+            len(self.outside), dtype=torch.bool
+        )  # W − εΨ is there whatever the support
 
     def _absent(self, K: Tensor) -> Tensor:
         """Where kernels are 0 up to round-off."""
@@ -389,6 +452,7 @@ class _Run:
         self.per_epoch = math.ceil(len(samples) / config.batch_size)
         self.total = config.epochs * self.per_epoch
         self.uncompiled: tuple[type[Exception], ...] = ()  # what a failed compilation raises
+        self.found: dict[str, Any] | None = None  # a state to go on from
         # The state of the run.
         self.step = 0
         self.sums = {"loss": 0.0, "penalty": 0.0, "seconds": 0.0}
@@ -404,6 +468,7 @@ class _Run:
         if self.held is not None:
             parts["validation data"] = self.held.fingerprint()
         self.key = {**config.model_dump(mode="json"), **parts}
+        self.found = self.find()
         self._require_stages()
         # Before the weights are rounded to the precision they are trained in.
         # Ψ stays I then: with a homogeneous σ it is only a choice of scale for each state. What a caller froze is not moved.
@@ -412,9 +477,11 @@ class _Run:
         if scaled and len(scaled) == len(self._trained) and config.learning_rates.Psi not in (0.0, 1.0):
             reason = "Ψ stays I where it is only a scale of states: set balance to false to train it"
             raise InvalidParameterError("learning_rates.Psi", config.learning_rates.Psi, reason)
+        self.balanced = {id(stage.log_psi) for stage in scaled}
+        groups = self._groups()
+        # Nothing of the model has been changed so far: what is refused stays as it was.
         for stage in scaled:
             stage.balance()
-        self.balanced = {id(stage.log_psi) for stage in scaled}
         self.supports = [_Support(s) for s in self._trained if s.grid] if self._penalised else []
         frozen = [pair for support in self.supports for pair in support.frozen()] if config.penalty.freeze else []
         model.to(self.dtype)
@@ -425,7 +492,6 @@ class _Run:
                 if config.roots:
                     _grow_roots(stage, config.roots, _generator(config.seed, 0, 1 + k))
                 stage.refresh()
-        groups = self._groups()
         moving = {id(p) for group in groups for p in group["params"]}
         resting = [p for p in model.parameters() if p.requires_grad and id(p) not in moving]
         with ExitStack() as stack:
@@ -530,8 +596,8 @@ class _Run:
         return patience is not None and len(self.history) - 1 - self._best() >= patience
 
     def _best(self) -> int:
-        """The epoch of the best mean certified accuracy, the first of equals."""
-        means = [sum(record.certified_accuracy) for record in self.history]
+        """The epoch of the best mean certified accuracy, of equals that of the best natural one, of equals the first."""
+        means = [(sum(record.certified_accuracy), record.natural_accuracy or 0.0) for record in self.history]
         return means.index(max(means))
 
     def _step(self, rows: Tensor, epoch: int) -> float:
@@ -636,28 +702,45 @@ class _Run:
             "kept": self.kept,
             "weights": self.weights,
         }
-        with whole(Path(self.about.folder) / STATE) as partial:
-            torch.save(state, partial)
+        keep(state, Path(self.about.folder) / STATE)
 
-    def resume(self) -> None:
-        """The state from the folder, if there is one. Raises `InvalidParameterError` if it is of another run."""
+    def find(self) -> dict[str, Any] | None:
+        """The state in the folder, if there is one.
+
+        Raises `InvalidParameterError` where it is of another run, `WeightsError` where it is damaged.
+        """
         path = None if self.about.folder is None else Path(self.about.folder) / STATE
         if path is None or not path.is_file():
-            return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+            return None
+        try:
+            state = opened(path)
+        except WeightsError as error:
+            raise WeightsError(str(path), "it is damaged: remove it to begin the run again") from error
+        lacking = [name for name in STATE_ENTRIES if not isinstance(state, dict) or name not in state]
+        if lacking:
+            raise WeightsError(str(path), f"it has no {', '.join(lacking)}: remove it to begin the run again")
         here, there = ({k: repr(v) for k, v in key.items()} for key in (self.key, state["key"]))
         if differ := [k for k in here | there if here.get(k) != there.get(k)]:
             # An option that one of them lacks: the run is of another version.
             shown = ", ".join(
                 f"{k}: {there.get(k, 'nothing')} there, {here.get(k, 'nothing')} here" for k in differ[:3]
             )
-            reason = f"it holds another run ({shown}): take another one (--out), or remove it"
-            raise InvalidParameterError("folder", str(path.parent), reason)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.sums = state["step"], state["sums"]
-        self.history = [EpochRecord.model_validate(record) for record in state["history"]]
-        self.kept, self.weights = state["kept"], state["weights"]
+            hint = "take another one (--out), or remove it"
+            if differ == ["start"]:
+                hint = f"give the weights that run began with (training has changed those it was interrupted on), or {hint}"
+            raise InvalidParameterError("folder", str(path.parent), f"it holds another run ({shown}): {hint}")
+        return state
+
+    def resume(self) -> None:
+        """Go on from the state that was found."""
+        if self.found is None:
+            return
+        self.model.load_state_dict(self.found["model"])
+        self.optimizer.load_state_dict(self.found["optimizer"])
+        self.step, self.sums = self.found["step"], self.found["sums"]
+        self.history = [EpochRecord.model_validate(record) for record in self.found["history"]]
+        self.kept, self.weights = self.found["kept"], self.found["weights"]
+        self.found = None
 
     def finish(self) -> FinetuneReport:
         """The weights kept into the model, and the report."""
@@ -719,6 +802,17 @@ def measure(certifier: Certifier, held: Samples | None, config: TrainingConfig) 
     return found
 
 
+def keep(content: Any, path: Path) -> None:
+    """Tensors and plain data into a torch file, whole or not at all.
+
+    By way of memory: where a disk is full, torch's own writer hides the `OSError` behind a RuntimeError of its archive.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with whole(path) as partial:
+        partial.write_bytes(buffer.getbuffer())
+
+
 def _equilibria(model: nn.Module) -> list[Any]:
     """The modules that solve an equilibrium, by their `SolverOptions`."""
     return [m for m in model.modules() if isinstance(getattr(m, "options", None), SolverOptions)]
@@ -734,7 +828,7 @@ def loosely_solved(model: nn.Module, tolerance: float | None) -> Iterator[None]:
     before = [layer.options for layer in layers]
     try:
         for layer in layers:
-            layer.options = SolverOptions(tolerance=tolerance)
+            layer.options = replace(layer.options, tolerance=tolerance, throw=True)
         yield
     finally:
         for layer, options in zip(layers, before, strict=True):

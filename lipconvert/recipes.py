@@ -6,6 +6,7 @@ keep; and the network, ``net.onnx`` with ``net.safetensors``, and the state of t
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import statistics
@@ -26,13 +27,13 @@ from .convert import convert
 from .data import Images
 from .errors import InvalidParameterError
 from .factory import build
-from .files import whole
-from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, train, versions
+from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, keep, train, versions
 from .glue import Normalize
 from .network import Network
 from .plotting import radius_name
-from .schema import ModelConfig, Recipe, RecipeResult, TrainingConfig
+from .schema import ConversionConfig, ModelConfig, Recipe, RecipeResult, TrainingConfig
 from .shards import place
+from .weights import opened
 
 RESULT, NETWORK, SOURCE = "result.json", "net.onnx", "model.pt"
 SUFFIXES = (".yaml", ".yml")
@@ -45,7 +46,19 @@ M = TypeVar("M", Recipe, TrainingConfig)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values, as people mean them: 1e-3 is a number; yes, no, on, off, dates and 12:30 are words."""
+    """YAML 1.2's plain values, as people mean them: 1e-3 is a number; yes, no, on, off, dates and 12:30 are words.
+
+    A name stands once in a mapping: of two, one would be lost.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML does; raises `yaml.YAMLError` for a name that is there twice."""
+        names: set[str] = set()
+        for name, mark in ((str(key.value), key.start_mark) for key, _ in node.value):
+            if name in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands here twice", mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -199,13 +212,22 @@ def run(
     """
     path, order = Path(path), order or Order()
     recipe = read(path, Recipe, {**(changes or {}), **order.changes(seed)})
-    chain(path)
     seed = recipe.training.seed
+    starts = _starts(path, order.changes(seed))
+    if starts and starts[0].model is None and recipe.convert != ConversionConfig():
+        reason = f"{recipe.start} ends with a converted network: convert belongs to the first recipe that fine-tunes"
+        raise InvalidParameterError(f"convert of {path}", "given", reason)
     folder = folder_of(path, order.results, seed)
     stored = _stored(folder)
-    if stored is not None and stored.recipe == recipe and stored.limit == order.limit:
-        return stored
-    source = _start(path, recipe, order)
+    if stored is not None and stored.limit == order.limit and _made_by(stored, recipe, starts):
+        if (stored.recipe, stored.starts) == (recipe, starts):
+            return stored
+        if (stored.recipe.method, stored.recipe.seconds) == (recipe.method, recipe.seconds):  # other words alone
+            result = stored.model_copy(update={"recipe": recipe, "starts": starts})
+            if place()[0] == 0:
+                result.write(folder / RESULT)
+            return result
+    source = _start(path, recipe, starts, order)
     order.told(path.stem, "training")
     about: dict[str, Any] = {
         "folder": folder,
@@ -242,6 +264,7 @@ def run(
     result = RecipeResult(
         name=path.stem,
         recipe=recipe,
+        starts=starts,
         seed=seed,
         limit=order.limit,
         samples=robustness.samples,
@@ -265,31 +288,54 @@ def run(
 
 def keep_source(source: nn.Module, folder: Path) -> None:
     """The state dict of a source network into the folder of its run."""
-    with whole(folder / SOURCE) as partial:
-        torch.save(source.state_dict(), partial)
+    keep(source.state_dict(), folder / SOURCE)
 
 
-def _start(path: Path, recipe: Recipe, order: Order) -> nn.Module:
+def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order) -> nn.Module:
     """What a recipe begins with: a new model, or what another recipe ends with, which is run now if it has not been."""
     seed = recipe.training.seed
     if recipe.model is not None:
         return built(recipe.model, seed)
-    first = path.parent / str(recipe.start)
+    first, before = path.parent / str(recipe.start), starts[0]
     folder = folder_of(first, order.results, seed)
-    before = read(first, Recipe, order.changes(seed))
-    result = _stored(folder) or run(first, order, seed=seed)
-    if result.recipe != before or result.limit != order.limit:
-        differ = [n for n in Recipe.model_fields if getattr(result.recipe, n) != getattr(before, n)] or ["--limit"]
+    stored = _stored(folder)
+    if stored is None and before.training.devices != recipe.training.devices:
+        reason = (
+            f"{path.name} has {recipe.training.devices}, and processes start once: run {first.name} by itself first"
+        )
+        raise InvalidParameterError(f"training.devices of {first}", before.training.devices, reason)
+    if stored is not None and (stored.limit != order.limit or not _made_by(stored, before, starts[1:])):
+        kept, now = stored.recipe.makes(), before.makes()
+        differ = [n for n in Recipe.model_fields if getattr(kept, n) != getattr(now, n)]
+        if not differ:
+            differ = ["--limit"] if stored.limit != order.limit else ["recipe to start from"]
         reason = (
             f"it was made with another {' and '.join(differ)} than {first} has now: take another --out, or remove it"
         )
         raise InvalidParameterError(f"what {path.name} starts from, {folder}", "there", reason)
+    run(first, order, seed=seed)
     if before.model is None:
         return checkpoint.load(folder / NETWORK)
     source = built(before.model, seed)
     source.to(torch.float64 if before.training.precision == "64-true" else torch.float32)
-    source.load_state_dict(torch.load(folder / SOURCE, weights_only=True))
+    source.load_state_dict(opened(folder / SOURCE))
     return source.eval()
+
+
+def _starts(path: str | Path, changes: Mapping[str, Any]) -> list[Recipe]:
+    """What a recipe starts from, what that starts from, and so on, the first of them last."""
+    return [read(first, Recipe, changes) for first in chain(path)[1:]]
+
+
+def _made_by(result: RecipeResult, recipe: Recipe, starts: Sequence[Recipe]) -> bool:
+    """Whether a result has the weights that a recipe gives, from what it starts from now."""
+    return [r.makes() for r in (result.recipe, *result.starts)] == [r.makes() for r in (recipe, *starts)]
+
+
+def stale(path: Path, result: RecipeResult) -> str:
+    """Why a result is not what a recipe gives as it is now, "" where it is: its data and its seed may differ."""
+    changes = {"data": result.recipe.data, "training.seed": result.seed}
+    return "" if _made_by(result, read(path, Recipe, changes), _starts(path, changes)) else "another recipe"
 
 
 def _commit(path: Path) -> str:
@@ -358,46 +404,65 @@ def _read_result(file: Path) -> RecipeResult:
     try:
         return RecipeResult.model_validate_json(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise InvalidParameterError(str(file), "no result", "it is not UTF-8; run its recipe again") from None
+        raise InvalidParameterError(
+            str(file), "no result", "it is not UTF-8; remove it, and run its recipe again"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "the file"
-        raise InvalidParameterError(str(file), "no result", f"{name}: {first['msg']}; run its recipe again") from None
+        raise InvalidParameterError(
+            str(file), "no result", f"{name}: {first['msg']}; remove it, and run its recipe again"
+        ) from None
 
 
-def rows_of(found: Mapping[Path, Sequence[RecipeResult]]) -> tuple[list[str], list[list[str]]]:
+def rows_of(
+    found: Mapping[Path, Sequence[RecipeResult]], why_not: Callable[[Path, RecipeResult], str] = lambda path, result: ""
+) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table: the paper's row of each recipe where it has one, then ours by each method, in %.
 
     Over several seeds: the mean ± the sample standard deviation. The radii are the default ones where any result has them;
-    of a recipe with others the row only says so.
+    of a recipe with others the row only says so, as it does of results for which ``why_not`` (`stale`) has a reason.
     """
     default = list(TrainingConfig().radii)
     present = [r.radii for results in found.values() for r in results]
     radii = default if default in present or not present else present[0]
     headings = ["recipe", "data", "method", "seeds", "epochs", "minutes", "natural", *map(radius_name, radii)]
     rows = []
-    for path, results in found.items():
-        recipe = results[0].recipe if results else read(path, Recipe)
+    for path, given in found.items():
+        recipe = given[0].recipe if given else read(path, Recipe)
+        reasons = [why_not(path, result) for result in given]
+        results = [result for result, reason in zip(given, reasons, strict=True) if not reason]
         if recipe.paper is not None and radii == default:
             numbers = [f"{100 * value:.1f}" for value in (recipe.paper.natural, *recipe.paper.certified)]
             rows.append([f"{recipe.paper.model}, the paper", "", "", "", "", "", *numbers])
-        if not results:
+        for reason in dict.fromkeys(filter(None, reasons)):
+            rows.append([path.stem, recipe.data, reason, str(reasons.count(reason)), *[""] * (3 + len(radii))])
+        if not given:
             rows.append([path.stem, recipe.data, "not run", *[""] * (4 + len(radii))])
-            continue
-        if any(r.radii != radii or r.methods != results[0].methods for r in results):
-            # Its numbers would stand below the radii of others.
-            rows.append([path.stem, recipe.data, "other radii or methods", str(len(results)), *[""] * (3 + len(radii))])
-            continue
-        natural = spread([r.natural_accuracy for r in results])
-        minutes = f"{statistics.mean(r.seconds for r in results) / 60:.1f}"
-        epochs = f"{statistics.mean(r.epochs for r in results):g}"
-        for m, method in enumerate(results[0].methods):
-            if method == "pairwise":
-                continue
-            columns = [spread([r.certified_accuracy[m][k] for r in results]) for k in range(len(radii))]
-            about = [path.stem, recipe.data, method, str(len(results)), epochs, minutes, natural]
-            rows.append([*about, *columns] if m == 0 else ["", "", method, "", "", "", "", *columns])
+        for limit in sorted({result.limit for result in results}, key=lambda limit: limit or math.inf, reverse=True):
+            name = path.stem if limit is None else f"{path.stem} (--limit {limit})"
+            rows += _rows_of_one(name, recipe, [result for result in results if result.limit == limit], radii)
     return headings, rows
+
+
+def _rows_of_one(name: str, recipe: Recipe, results: Sequence[RecipeResult], radii: Sequence[float]) -> list[list[str]]:
+    """The rows of one recipe over its seeds, a row for each method."""
+    if any(r.radii != radii or r.methods != results[0].methods for r in results):
+        # Its numbers would stand below the radii of others.
+        return [[name, recipe.data, "other radii or methods", str(len(results)), *[""] * (3 + len(radii))]]
+    natural = spread([r.natural_accuracy for r in results])
+    minutes = f"{statistics.mean(r.seconds for r in results) / 60:.1f}"
+    epochs = f"{statistics.mean(r.epochs for r in results):g}"
+    about = [name, recipe.data, "", str(len(results)), epochs, minutes, natural]
+    rows = []
+    for m, method in enumerate(results[0].methods):
+        if method == "pairwise":
+            continue
+        columns = [spread([r.certified_accuracy[m][k] for r in results]) for k in range(len(radii))]
+        rows.append(
+            [*about[:2], method, *about[3:], *columns] if m == 0 else ["", "", method, "", "", "", "", *columns]
+        )
+    return rows
 
 
 def commands_of(found: Mapping[Path, Sequence[RecipeResult]], results: str | Path = DEFAULT) -> list[str]:

@@ -501,7 +501,7 @@ class TrainingConfig(_Options):
         default="best", description="by the mean of certified accuracy over the radii"
     )
     patience: int | None = Field(default=None, ge=1, description="stop after so many epochs without a better one")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     accelerator: Literal["auto", "cpu", "cuda"] = "cpu"
     devices: int = Field(default=1, ge=1, description="processes on this machine, each with a share of every batch")
 
@@ -593,7 +593,15 @@ class Recipe(_Document):
             raise ValueError("either model or start is needed, and not both")
         if self.model is not None and self.convert != ConversionConfig():
             raise ValueError("convert goes with start: it says how that is converted before it is fine-tuned")
+        if self.training.patience is not None and not self.training.held_out:
+            raise ValueError(
+                "training.patience needs training.held_out: there are no other samples to be patient about"
+            )
         return self
+
+    def makes(self) -> Recipe:
+        """What decides on the weights: without words, and without what is done with them afterwards."""
+        return self.model_copy(update={"title": "", "paper": None, "method": "tightened", "seconds": None})
 
 
 class RecipeResult(_Document):
@@ -601,6 +609,7 @@ class RecipeResult(_Document):
 
     name: str = Field(description="of the recipe's file, without its suffix")
     recipe: Recipe
+    starts: list[Recipe] = Field(default=[], description="the recipes it started from, the first of them last")
     seed: int
     limit: int | None = Field(default=None, description="of training and test samples, where it was tried out")
     samples: int = Field(ge=1, description="of the test set")

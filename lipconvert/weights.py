@@ -21,6 +21,31 @@ EXTRA = "_extra_state"
 NESTS = ("model_state_dict", "state_dict", "model", "backbone")
 
 
+def opened(path: str | Path) -> Any:
+    """What a torch file holds, tensors and plain data, on the CPU; raises `WeightsError` for any other file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a pickle protocol torch does not know, before it refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        struct.error,
+    ) as error:  # what torch's reader of untrusted pickles raises for bytes that are none
+        raise WeightsError(
+            str(path),
+            f"it is not a file of plain weights ({type(error).__name__} while reading it). Files that would have to run "
+            "code to be read are not opened: save a state_dict, or safetensors.",
+        ) from error
+
+
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The state dict in a ``.safetensors`` file or a torch file opened with ``weights_only=True``.
 
@@ -39,29 +64,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         except (OSError, SafetensorError) as error:
             raise WeightsError(name, f"it cannot be read as safetensors ({error})") from error
     else:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # of a pickle protocol torch does not know, before it refuses
-                found = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            AssertionError,
-            struct.error,
-        ) as error:  # what torch's reader of untrusted pickles raises for bytes that are none
-            raise WeightsError(
-                name,
-                f"it is not a file of plain weights ({type(error).__name__} while reading it). Files that would have to run "
-                "code to be read are not opened: save a state_dict, or safetensors.",
-            ) from error
+        found = opened(path)
     for nest in NESTS:
         if isinstance(found, Mapping) and isinstance(found.get(nest), Mapping):
             found = found[nest]

@@ -856,7 +856,7 @@ def test_the_table_has_what_was_run_and_how_to_run_the_rest():
     assert rows[2] == ["LBEN, the paper", "", "", "", "", "", "90.0", "80.0", "70.0", "60.0", "50.0"]
     natural = [100 * result.natural_accuracy for result in results]
     columns = np.array([result.certified_accuracy[0] for result in results]).T * 100
-    assert rows[3][:5] == ["a", "digits", "prescribed", "3", "1"]
+    assert rows[3][:5] == [f"a (--limit {LIMIT})", "digits", "prescribed", "3", "1"]
     for cell, values in zip(rows[3][6:], [natural, *columns], strict=True):
         mean, spread = (float(part) for part in cell.split("±"))
         assert mean == pytest.approx(sum(values) / 3, abs=0.006)
@@ -963,12 +963,12 @@ def test_recipes_with_radii_of_their_own_stand_below_them():
     headings, rows = recipes.rows_of(recipes.results_of("r"))
     assert headings[7:] == ["0.1", "0.2"]
     assert rows[0][2] == "prescribed"
-    assert rows[-1] == ["b", rows[0][1], "other radii or methods", "1", *[""] * 5]
+    assert rows[-1] == [f"b (--limit {LIMIT})", rows[0][1], "other radii or methods", "1", *[""] * 5]
     write("r/c.yaml")  # with the default radii, which then are those of the table
     run("r/c.yaml")
     headings, rows = recipes.rows_of(recipes.results_of("r"))
     assert len(headings) == 7 + len(TrainingConfig().radii)
-    assert [row[2] for row in rows if row[0] in "abc"].count("other radii or methods") == 2
+    assert [row[2] for row in rows if row[0][0] in "abc"].count("other radii or methods") == 2
 
 
 def test_seeds_of_one_recipe_with_other_radii_do_not_break_the_table():
@@ -1251,3 +1251,108 @@ def test_json_is_one_document_and_nothing_else(how):
     where = {"base.yaml": "results/base/seed-0/result.json", "fine.yaml": "results/fine/seed-0/result.json"}
     path = where.get(how[1], "runs/mondeq/report.json")
     assert kind.model_validate_json(Path(path).read_text()) == document
+
+
+# What is of a recipe as it was.
+
+
+def test_what_starts_from_a_recipe_that_has_changed_is_not_taken_for_its_result():
+    write("base.yaml", model=MONDEQ)
+    write("mid.yaml", start="base.yaml")
+    write("top.yaml", start="mid.yaml")
+    result = run("top.yaml")
+    assert [start.title for start in result.starts] == ["mid.yaml", "base.yaml"]
+    assert run("top.yaml") == result
+    write("base.yaml", model=MONDEQ, training={**TRAINING, "learning_rate": 0.02})
+    for name in ("mid", "top"):
+        with pytest.raises(InvalidParameterError, match=r"made with another (training|recipe to start from)"):
+            run(f"{name}.yaml")
+    shown = command("table", "top.yaml").stdout
+    assert "another recipe" in shown
+    assert f"{100 * result.certified_accuracy[0][0]:.2f}" not in shown
+
+
+def test_the_table_does_not_average_over_several_recipes():
+    write("a.yaml")
+    run("a.yaml", seed=0)
+    write("a.yaml", training={**TRAINING, "epochs": 2})
+    new = run("a.yaml", seed=1)
+    _, rows = recipes.rows_of(recipes.results_of("a.yaml"), recipes.stale)
+    assert [row[2:5] for row in rows] == [["another recipe", "1", ""], ["prescribed", "1", "2"]]
+    assert rows[1][6] == f"{100 * new.natural_accuracy:.2f}"
+
+
+def test_a_part_of_the_samples_has_a_row_of_its_own():
+    write("a.yaml")
+    for seed, limit in ((0, LIMIT), (1, LIMIT - 10)):
+        recipes.run("a.yaml", Told(limit=limit).order, seed=seed)
+    _, rows = recipes.rows_of(recipes.results_of("a.yaml"))
+    assert [row[0] for row in rows] == [f"a (--limit {LIMIT})", f"a (--limit {LIMIT - 10})"]
+
+
+def test_other_words_are_written_without_doing_anything_again():
+    write("base.yaml", model=MONDEQ)
+    write("fine.yaml", start="base.yaml")
+    before = run("fine.yaml")
+    write("base.yaml", model=MONDEQ, title="better", paper=PAPER)
+    again = Told()
+    after = recipes.run("fine.yaml", again.order)
+    assert again.done == []
+    assert after.starts[0].title == "better"
+    assert after.certified_accuracy == before.certified_accuracy
+    assert recipes.results_of("fine.yaml")[Path("fine.yaml")] == [after]
+
+
+def test_another_method_certifies_again_without_training():
+    write("a.yaml", model=MONDEQ)
+    run("a.yaml")
+    write("a.yaml", model=MONDEQ, method="tightened")
+    again = Told()
+    assert recipes.run("a.yaml", again.order).methods[-1] == "tightened"
+    assert again.trained == {}
+
+
+def test_how_to_convert_belongs_to_the_recipe_that_converts():
+    write("base.yaml", model=MONDEQ)
+    write("mid.yaml", start="base.yaml", convert={"epsilon": 0.01})
+    write("top.yaml", start="mid.yaml", convert={"epsilon": 0.01})
+    with pytest.raises(InvalidParameterError, match=r"convert of top\.yaml.*mid\.yaml ends with a converted network"):
+        run("top.yaml")
+    assert not Path("results").exists()
+
+
+def test_processes_start_once_for_a_chain():
+    write("base.yaml", model=MONDEQ, training={**TRAINING, "devices": 2})
+    write("fine.yaml", start="base.yaml")
+    with pytest.raises(InvalidParameterError, match=r"training\.devices of base\.yaml is 2.*run base\.yaml by itself"):
+        run("fine.yaml")
+
+
+@pytest.mark.parametrize("text", ["title: a\ntitle: b\n", "training:\n  epochs: 1\n  epochs: 2\n"])
+def test_a_name_that_stands_twice_is_refused(text):
+    write("a.yaml", text)
+    name = "epochs" if "epochs" in text else "title"
+    assert f"'{name}' stands here twice" in " ".join(refused("train", "a.yaml").split())
+
+
+def test_a_damaged_result_is_to_be_removed():
+    write("a.yaml")
+    run("a.yaml")
+    Path("results/a/seed-0/result.json").write_text("{}")
+    assert "remove it, and run its recipe again" in " ".join(refused("train", "a.yaml").split())
+
+
+def test_patience_without_validation_is_refused_before_anything_is_trained():
+    write("base.yaml", model=MONDEQ)
+    write("fine.yaml", start="base.yaml", training={"epochs": 1, "patience": 2})
+    assert "training.held_out" in refused("finetune", "fine.yaml")
+    assert not Path("results").exists()
+
+
+def test_a_network_is_not_replaced_by_what_is_trained_of_it():
+    command("train", "lben", "--data", "digits", "--set", "epochs=1", "--limit", LIMIT, "--out", "a")
+    Path("a/state.pt").unlink()
+    before = Path("a/net.onnx").read_bytes()
+    message = refused("finetune", "a/net.onnx", "--data", "digits", "--limit", LIMIT, "--out", "a")
+    assert "take the place of MODEL" in " ".join(message.split())
+    assert Path("a/net.onnx").read_bytes() == before
