@@ -1,12 +1,13 @@
 """What moves certified accuracy in fine-tuning: learning rate, free parameters, loss, epsilon, start, kernel penalty.
 
-    python benchmarks/constraints.py --data-dir DIR [--seeds 3] [--out results/constraints]
+    python benchmarks/constraints.py --study mnist --data-dir DIR [--seeds 3] [--out results/constraints]
+    python benchmarks/constraints.py --study digits [--seeds 3] [--out results/constraints]
 
 Each variant changes one thing of the same run, for the same seeds, from the same starts: a Lip-MonDEQ on MNIST (the first
 20,000 training images, 128 states) fine-tuned as an LBEN; and, for the penalty, an SLL network of 3x3 convolutions on
-scikit-learn's digits. Certified accuracies are of the test images, with the prescribed L, in float64. Written are
-constraints.json and constraints.md: mean and sample standard deviation over the seeds, of each variant and of its difference
-from the first one, seed by seed.
+scikit-learn's digits. Certified accuracies are of the test images, with the prescribed L, in float64. Written are a .json
+and a .md for each study: mean and sample standard deviation over the seeds, of each variant and of its difference from the
+first one, seed by seed.
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ ON_DIGITS = (
 class Study:
     """A start, a run, and its variants."""
 
+    name: str
     title: str
     base: Mapping[str, Any]
     variants: Sequence[Variant]
@@ -199,11 +201,12 @@ class Study:
 def studies(options: argparse.Namespace) -> list[Study]:
     digits = {split: data.load("digits", split) for split in data.SPLITS}
     found = []
-    if options.data_dir is not None:
+    if options.data_dir is not None and options.study in (None, "mnist"):
         mnist = {split: data.load("mnist", split, options.data_dir) for split in data.SPLITS}
         n = options.states
         found.append(
             Study(
+                "mnist",
                 f"MNIST, LBEN of {n} states from Lip-MonDEQ",
                 MNIST,
                 ON_MNIST,
@@ -216,6 +219,7 @@ def studies(options: argparse.Namespace) -> list[Study]:
         )
     found.append(
         Study(
+            "digits",
             "digits, LBEN from SLL with 3x3 convolutions",
             DIGITS,
             ON_DIGITS,
@@ -228,7 +232,7 @@ def studies(options: argparse.Namespace) -> list[Study]:
             {key: value for key, value in DIGITS.items() if key != "epsilon"} | {"epochs": 20, "learning_rate": 1e-2},
         )
     )
-    return found
+    return [study for study in found if options.study in (None, study.name)]
 
 
 def table(study: Study, runs: Sequence[Mapping[str, Sequence[float]]]) -> tuple[list[str], list[list[str]]]:
@@ -244,17 +248,18 @@ def table(study: Study, runs: Sequence[Mapping[str, Sequence[float]]]) -> tuple[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, device=False)
+    parser.add_argument("--study", choices=("mnist", "digits"), help="one of them")
     parser.add_argument("--data-dir", type=Path, default=DATA if DATA.is_dir() else None, help="where MNIST is")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=20_000, help="training images of MNIST")
     parser.add_argument("--states", type=int, default=128)
     parser.add_argument("--epochs", type=int, help="of every run: does it work at all?")
     parser.add_argument("--only", metavar="TEXT", help="variants whose name holds it, and the default")
-    parser.add_argument("--out", metavar="DIR", help="write constraints.json and constraints.md there")
+    parser.add_argument("--out", metavar="DIR", help="write a .json and a .md for each study there")
     options = parser.parse_args(arguments)
     use_threads(options.threads)
     CONSOLE.print(facts())
-    text, content = ["# What moves certified accuracy", ""], {}
+    content = {}
     for study in studies(options):
         if options.epochs is not None:
             short = {"epochs": options.epochs}
@@ -263,12 +268,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [study.run(variants, seed) for seed in range(options.seeds)]
         headings, rows = table(study, runs)
         show(study.title, headings, rows)
-        content[study.title] = {"runs": runs, "base": dict(study.base), "start": dict(study.before)}
-        text += [f"## {study.title}", "", markdown(headings, rows, left=1)]
+        content[study.name] = {"runs": runs, "base": dict(study.base), "start": dict(study.before)}
         if options.out:  # after each study: they take their time
             folder = Path(options.out)
-            write_json(folder / "constraints.json", {"machine": machine(), "seeds": options.seeds, **content})
-            (folder / "constraints.md").write_text("\n".join(text), encoding="utf-8")
+            written = {"machine": machine(), "seeds": options.seeds, **content[study.name]}
+            write_json(folder / f"{study.name}.json", written)
+            text = f"# What moves certified accuracy: {study.title}\n\n{options.seeds} seeds\n\n"
+            (folder / f"{study.name}.md").write_text(text + markdown(headings, rows, left=1), encoding="utf-8")
     write_json(options.json, content)
     return 0
 
