@@ -514,3 +514,16 @@ def test_samples_are_solved_in_portions_that_fit_a_cache(method, image, monkeypa
         assert parts.method == together.method
         torch.testing.assert_close(dW_parts, dW, rtol=0.0, atol=1e-10)
         torch.testing.assert_close(du_parts, du, rtol=0.0, atol=1e-10)
+
+
+def test_of_several_portions_the_method_is_that_of_the_longest_way(monkeypatch):
+    lben = LBEN(5, 8, 3).requires_grad_(False)
+    lben.S.mul_(30.0)  # the fast step is too long: some samples are left to another method
+    x = torch.randn(64, 5)
+    x[:8] = 0.0  # the equilibrium of no input is found at once
+    together = lben.solve(x)
+    monkeypatch.setattr(importlib.import_module("lipconvert.equilibrium"), "PORTION", 8 * 8 * 8)
+    parts = lben.solve(x)
+    assert "," in parts.method
+    assert parts.method == together.method
+    assert lben.solve(x[:8]).method != parts.method
