@@ -263,7 +263,7 @@ def conv2d_same(
     if padding_mode == "circular" and (weight.shape[2] > x.shape[2] or weight.shape[3] > x.shape[3]):
         weight, p, r = fold(weight, tuple(x.shape[2:]), (p, r)), 0, 0
     if padding_mode == "circular" and stride == 1:
-        y = _Circular.apply(x, weight, (p, r))
+        y = _Circular.apply(x, weight, p, r)
         return y if bias is None else y + bias[:, None, None]
     mode = "constant" if padding_mode == "zeros" else padding_mode
     return functional.conv2d(functional.pad(x, _around(weight, (p, r)), mode=mode), weight, bias, stride)
@@ -284,29 +284,29 @@ class _Circular(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, origin: tuple[int, int]) -> Tensor:
-        return functional.conv2d(functional.pad(x, _around(weight, origin), mode="circular"), weight)
+    def forward(x: Tensor, weight: Tensor, p: int, r: int) -> Tensor:
+        return functional.conv2d(functional.pad(x, _around(weight, (p, r)), mode="circular"), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.origin = inputs
+        x, weight, *ctx.origin = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         (x, weight), (g,) = ctx.saved_tensors, grad_outputs
         dx = conv2d_adjoint(g, weight, origin=ctx.origin) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return dx, None, None
+            return dx, None, None, None
         padded = functional.pad(x, _around(weight, ctx.origin), mode="circular")
-        return dx, torch.nn.grad.conv2d_weight(padded, weight.shape, g), None
+        return dx, torch.nn.grad.conv2d_weight(padded, weight.shape, g), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (x, weight), (dx, dweight, _) = ctx.saved_tensors, tangents
-        parts = [] if dx is None else [_Circular.apply(dx, weight, ctx.origin)]
-        parts += [] if dweight is None else [_Circular.apply(x, dweight, ctx.origin)]
+        (x, weight), (dx, dweight, *_) = ctx.saved_tensors, tangents
+        parts = [] if dx is None else [_Circular.apply(dx, weight, *ctx.origin)]
+        parts += [] if dweight is None else [_Circular.apply(x, dweight, *ctx.origin)]
         return sum(parts[1:], parts[0])
 
 

@@ -472,6 +472,34 @@ def test_conv2d_adjoint(kernel: tuple[int, int], image: tuple[int, int], mode: s
         torch.testing.assert_close(by_frequency, adjoint.detach(), rtol=0.0, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # of torch's own forward mode
+@pytest.mark.parametrize("image", SMALL)
+@pytest.mark.parametrize(("kernel", "origin"), [((3, 3), (1, 1)), ((2, 4), (1, 0)), ((5, 2), (4, 1))])
+def test_derivatives_of_conv2d_same(kernel: tuple[int, int], origin: tuple[int, int], image: tuple[int, int]) -> None:
+    """Those of the direct sums, in x, in the weight and in both, backwards, forwards and for many at once."""
+    given = (torch.randn(3, 3, *image), torch.randn(2, 3, *kernel), torch.randn(2))
+    y = torch.randn(3, 2, *image)
+
+    def found(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return lc.conv2d_same(x, weight, bias, origin=origin)
+
+    def direct(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return correlate(x, weight, origin) + bias[:, None, None]
+
+    for each in range(3):  # one at a time: the others need no derivative
+        jacobians = [torch.func.jacrev(f, each)(*given) for f in (found, direct)]
+        torch.testing.assert_close(*jacobians, rtol=0.0, atol=1e-12)
+        torch.testing.assert_close(torch.func.jacfwd(found, each)(*given), jacobians[1], rtol=0.0, atol=1e-12)
+    tangents = tuple(torch.randn_like(t) for t in given)
+    moved = [torch.func.jvp(f, given, tangents)[1] for f in (found, direct)]
+    torch.testing.assert_close(*moved, rtol=0.0, atol=1e-11)
+    second = [torch.func.hessian(lambda *a, f=f: (y * f(*a)).square().sum(), (0, 1))(*given) for f in (found, direct)]
+    torch.testing.assert_close(*second, rtol=0.0, atol=1e-10)
+    each_weight = torch.stack([given[1], -2.0 * given[1]])
+    many = [torch.func.vmap(lambda w, f=f: f(given[0], w, given[2]))(each_weight) for f in (found, direct)]
+    torch.testing.assert_close(*many, rtol=0.0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("shape", "stride"), [((2, 4, 4, 4), 1), ((3, 4, 4), 1), ((2, 3, 4, 5), 2), ((2, 3, 5, 4), 2), ((2, 3, 4, 4), 3)]
 )
