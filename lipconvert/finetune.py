@@ -428,6 +428,72 @@ class _Support:
         yield stage.V, outside
 
 
+class _Plan:
+    """What of a model is trained, decided before anything of it changes: a configuration that does not fit is refused here.
+
+    ``trained``: the stages; ``scaled``: those of them that are put into the gauge Ψ = I, which is only a choice of scale for
+    each state where σ is homogeneous, and stay there; ``groups``: parameters by the factor of their learning rate.
+    What a caller froze is not moved. Raises `InvalidParameterError`.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+        self.config = config
+        self.stages = [module for module in model.modules() if isinstance(module, LBEN)]
+        chosen = config.stages
+        self.trained = [stage for k, stage in enumerate(self.stages) if chosen is None or k in chosen]
+        self.penalised = config.penalty.weight > 0.0 or config.penalty.freeze
+        self._require_stages(model)
+        free = [stage for stage in self.trained if all(p.requires_grad for p in stage.parameters())]
+        self.scaled = [stage for stage in free if config.balance and stage.scalable]
+        if self.scaled and len(self.scaled) == len(self.trained) and config.learning_rates.Psi not in (0.0, 1.0):
+            reason = "Ψ stays I where it is only a scale of states: set balance to false to train it"
+            raise InvalidParameterError("learning_rates.Psi", config.learning_rates.Psi, reason)
+        self.groups = self._groups(model)
+
+    def _require_stages(self, model: nn.Module) -> None:
+        """Options that are about LBEN stages need some."""
+        config, default = self.config, TrainingConfig()
+        needs = [
+            n for n in ("stages", "learning_rates", "epsilon", "roots") if getattr(config, n) != getattr(default, n)
+        ]
+        if needs and not self.stages:
+            raise InvalidParameterError(needs[0], getattr(config, needs[0]), "only a converted network has such stages")
+        if config.stages is not None and max(config.stages) >= len(self.stages):
+            raise InvalidParameterError("stages", config.stages, f"the network has {len(self.stages)}, from 0")
+        if self.penalised and not any(stage.grid for stage in self.trained):
+            raise InvalidParameterError("penalty", config.penalty, "no stage that is trained is on images")
+        if config.compile and _equilibria(model):
+            raise InvalidParameterError(
+                "compile", True, "equilibria are solved by loops; only explicit layers gain by it"
+            )
+        if config.penalty.freeze and config.weight_decay:
+            raise InvalidParameterError("weight_decay", config.weight_decay, "it would move what penalty.freeze keeps")
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameters by what stands in their names, each with the factor of its learning rate."""
+        names = {"log_psi": "Psi", "G": "G", "U": "U", "V": "V", "S": "S", "b_z": "b", "b_y": "b"}
+        of_stage = {id(p): names[n] for stage in self.stages for n, p in stage.named_parameters(recurse=False)}
+        chosen = {id(p) for stage in self.trained for p in stage.parameters()}
+        balanced = {id(stage.log_psi) for stage in self.scaled}
+        found: dict[float, list[nn.Parameter]] = {}
+        for parameter in model.parameters():
+            group = of_stage.get(id(parameter))
+            factor = 1.0 if group is None else getattr(self.config.learning_rates, group) * (id(parameter) in chosen)
+            if parameter.requires_grad and factor > 0.0 and id(parameter) not in balanced:
+                found.setdefault(factor, []).append(parameter)
+        if not found:
+            reason = "nothing is left to train" + (": with balance Ψ stays I" if balanced else "")
+            raise InvalidParameterError("learning_rates", self.config.learning_rates, reason)
+        return [{"params": parameters, "factor": factor} for factor, parameters in found.items()]
+
+
+def require_fit(net: Network, train: Any, config: TrainingConfig) -> None:
+    """Raises what `finetune` would raise of a configuration for a network of these shapes, before anything is trained."""
+    samples, _ = _split(Samples.of(train, "the training data"), None, config, net.input_shape)
+    Augmentation(config.augment, samples.shape)
+    _Plan(net, config)
+
+
 class _Run:
     """One run: what it needs, and its state, which can be saved between any two steps."""
 
@@ -448,7 +514,6 @@ class _Run:
             raise InvalidParameterError("batch_size", config.batch_size, f"there are {self.world} processes")
         self.samples, self.held = samples.to(self.device), held
         self.augmentation = Augmentation(config.augment, samples.shape)
-        self.stages = [module for module in model.modules() if isinstance(module, LBEN)]
         self.per_epoch = math.ceil(len(samples) / config.batch_size)
         self.total = config.epochs * self.per_epoch
         self.uncompiled: tuple[type[Exception], ...] = ()  # what a failed compilation raises
@@ -469,30 +534,22 @@ class _Run:
             parts["validation data"] = self.held.fingerprint()
         self.key = {**config.model_dump(mode="json"), **parts}
         self.found = self.find()
-        self._require_stages()
-        # Before the weights are rounded to the precision they are trained in.
-        # Ψ stays I then: with a homogeneous σ it is only a choice of scale for each state. What a caller froze is not moved.
-        free = [stage for stage in self._trained if all(p.requires_grad for p in stage.parameters())]
-        scaled = [stage for stage in free if config.balance and stage.scalable]
-        if scaled and len(scaled) == len(self._trained) and config.learning_rates.Psi not in (0.0, 1.0):
-            reason = "Ψ stays I where it is only a scale of states: set balance to false to train it"
-            raise InvalidParameterError("learning_rates.Psi", config.learning_rates.Psi, reason)
-        self.balanced = {id(stage.log_psi) for stage in scaled}
-        groups = self._groups()
-        # Nothing of the model has been changed so far: what is refused stays as it was.
-        for stage in scaled:
+        plan = _Plan(model, config)
+        # Nothing of the model has been changed so far: what is refused stays as it was. What follows comes before the
+        # weights are rounded to the precision they are trained in.
+        for stage in plan.scaled:
             stage.balance()
-        self.supports = [_Support(s) for s in self._trained if s.grid] if self._penalised else []
+        self.supports = [_Support(stage) for stage in plan.trained if stage.grid] if plan.penalised else []
         frozen = [pair for support in self.supports for pair in support.frozen()] if config.penalty.freeze else []
         model.to(self.dtype)
         with torch.no_grad():
-            for k, stage in enumerate(self._trained):
+            for k, stage in enumerate(plan.trained):
                 if config.epsilon is not None:
                     stage.epsilon = config.epsilon
                 if config.roots:
                     _grow_roots(stage, config.roots, _generator(config.seed, 0, 1 + k))
                 stage.refresh()
-        moving = {id(p) for group in groups for p in group["params"]}
+        moving = {id(p) for group in plan.groups for p in group["params"]}
         resting = [p for p in model.parameters() if p.requires_grad and id(p) not in moving]
         with ExitStack() as stack:
             stack.enter_context(loosely_solved(model, config.tolerance))
@@ -504,7 +561,7 @@ class _Run:
                     handle = parameter.register_hook(lambda g, m=mask: g.masked_fill(m.to(g.device), 0.0))
                     stack.callback(handle.remove)
             self.optimizer = torch.optim.Adam(
-                groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+                plan.groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
             )
             # Shapes are fixed but for the last batch of an epoch, which is compiled once more.
             trained = model
@@ -515,51 +572,6 @@ class _Run:
             self.wrapped, self.stepper = self.fabric.setup(trained, self.optimizer)
             yield
             model.eval()
-
-    @property
-    def _trained(self) -> list[LBEN]:
-        """The stages that are trained."""
-        chosen = self.config.stages
-        return self.stages if chosen is None else [stage for k, stage in enumerate(self.stages) if k in chosen]
-
-    @property
-    def _penalised(self) -> bool:
-        return self.config.penalty.weight > 0.0 or self.config.penalty.freeze
-
-    def _require_stages(self) -> None:
-        """Options that are about LBEN stages need some."""
-        config, default = self.config, TrainingConfig()
-        needs = [
-            n for n in ("stages", "learning_rates", "epsilon", "roots") if getattr(config, n) != getattr(default, n)
-        ]
-        if needs and not self.stages:
-            raise InvalidParameterError(needs[0], getattr(config, needs[0]), "only a converted network has such stages")
-        if config.stages is not None and max(config.stages) >= len(self.stages):
-            raise InvalidParameterError("stages", config.stages, f"the network has {len(self.stages)}, from 0")
-        if self._penalised and not any(stage.grid for stage in self._trained):
-            raise InvalidParameterError("penalty", config.penalty, "no stage that is trained is on images")
-        if config.compile and _equilibria(self.model):
-            raise InvalidParameterError(
-                "compile", True, "equilibria are solved by loops; only explicit layers gain by it"
-            )
-        if config.penalty.freeze and config.weight_decay:
-            raise InvalidParameterError("weight_decay", config.weight_decay, "it would move what penalty.freeze keeps")
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameters by what stands in their names, each with the factor of its learning rate."""
-        names = {"log_psi": "Psi", "G": "G", "U": "U", "V": "V", "S": "S", "b_z": "b", "b_y": "b"}
-        of_stage = {id(p): names[n] for stage in self.stages for n, p in stage.named_parameters(recurse=False)}
-        chosen = {id(p) for stage in self._trained for p in stage.parameters()}
-        found: dict[float, list[nn.Parameter]] = {}
-        for parameter in self.model.parameters():
-            group = of_stage.get(id(parameter))
-            factor = 1.0 if group is None else getattr(self.config.learning_rates, group) * (id(parameter) in chosen)
-            if parameter.requires_grad and factor > 0.0 and id(parameter) not in self.balanced:
-                found.setdefault(factor, []).append(parameter)
-        if not found:
-            reason = "nothing is left to train" + (": with balance Ψ stays I" if self.balanced else "")
-            raise InvalidParameterError("learning_rates", self.config.learning_rates, reason)
-        return [{"params": parameters, "factor": factor} for factor, parameters in found.items()]
 
     def go(self) -> None:
         """From where the state is to the end."""

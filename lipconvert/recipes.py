@@ -27,7 +27,7 @@ from .convert import convert
 from .data import Images
 from .errors import InvalidParameterError
 from .factory import build
-from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, keep, train, versions
+from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, keep, require_fit, train, versions
 from .glue import Normalize
 from .network import Network
 from .plotting import radius_name
@@ -238,13 +238,11 @@ def run(
     samples = order.data(recipe.data, "train")
     if recipe.model is not None:
         report = train(source, samples, None, recipe.training, name=recipe.title, **about)
-        net = convert(source, input_shape_of(source, samples.shape), check=False)
+        net = _converted(source, samples)
         if place()[0] == 0:
             keep_source(source, folder)
     else:
-        how = recipe.convert.model_dump()
-        shape = input_shape_of(source, samples.shape)
-        net = source if isinstance(source, Network) else convert(source, shape, **how, check=False)
+        net = source if isinstance(source, Network) else _converted(source, samples, recipe.convert)
         report = finetune(net, samples, None, recipe.training, model=recipe.title, **about)
     order.told(path.stem, "writing")
     if place()[0] == 0:
@@ -313,6 +311,8 @@ def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order) -> nn
             f"it was made with another {' and '.join(differ)} than {first} has now: take another --out, or remove it"
         )
         raise InvalidParameterError(f"what {path.name} starts from, {folder}", "there", reason)
+    if stored is None:
+        _require_fit([recipe, *starts], order)
     run(first, order, seed=seed)
     if before.model is None:
         return checkpoint.load(folder / NETWORK)
@@ -320,6 +320,19 @@ def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order) -> nn
     source.to(torch.float64 if before.training.precision == "64-true" else torch.float32)
     source.load_state_dict(opened(folder / SOURCE))
     return source.eval()
+
+
+def _require_fit(recipes: Sequence[Recipe], order: Order) -> None:
+    """Raises what a recipe cannot do with what it starts from, which has its shapes before it is trained."""
+    recipe, (second, first) = recipes[0], recipes[-2:]
+    assert first.model is not None
+    samples = order.data(recipe.data, "train")
+    require_fit(_converted(built(first.model, recipe.training.seed), samples, second.convert), samples, recipe.training)
+
+
+def _converted(source: nn.Module, samples: Images, how: ConversionConfig | None = None) -> Network:
+    options = {} if how is None else how.model_dump()
+    return convert(source, input_shape_of(source, samples.shape), **options, check=False)
 
 
 def _starts(path: str | Path, changes: Mapping[str, Any]) -> list[Recipe]:

@@ -273,6 +273,30 @@ def test_a_result_is_what_certify_and_the_definition_find_for_the_network_that_w
     assert result.recipe == recipes.read(f"{name}.yaml", Recipe)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stages": [7]}, "stages is [7]"),
+        ({"penalty": {"weight": 0.1}}, "no stage that is trained is on images"),
+        ({"augment": {"crop": 9}}, "reflect 7 pixels at most"),
+        ({"held_out": 1000}, "held_out is 1000"),
+        ({"learning_rates": dict.fromkeys(("Psi", "G", "U", "V", "S", "b"), 0.0)}, "nothing is left to train"),
+    ],
+)
+@pytest.mark.parametrize("between", [False, True])
+def test_what_does_not_fit_is_said_before_the_start_is_trained(changes, words, between):
+    """Also two recipes before it; the start's shapes are known without its weights."""
+    start = write("a.yaml", model=MONDEQ).name
+    if between:
+        start = write("b.yaml", start=start).name
+    told = Told()
+    with pytest.raises(LipconvertError) as caught:
+        recipes.run(write("c.yaml", start=start, training={**TRAINING, **changes}), told.order)
+    assert words in str(caught.value)
+    assert not told.done
+    assert not Path("results").exists()
+
+
 @pytest.mark.parametrize(("first", "second"), [("base", "fine"), ("fine", "finer")])
 def test_what_one_ends_with_is_what_the_next_begins_with(chain, first, second):
     # The seed is the same, so the samples held out are.
