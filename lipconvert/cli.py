@@ -1001,13 +1001,33 @@ def _run_recipe(
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(box=frames.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="accuracy (%), certified at l2 radii")
-    for k, heading in enumerate(headings):
-        # In a narrow terminal names are folded, numbers never.
-        table.add_column(heading, justify="left" if k < 3 else "right", no_wrap=k > 2, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    _console().print(table)
+    """The rows of `recipes.rows_of`; a recipe's name and data stand above its numbers, for which they leave no room."""
+    lines: list[list[str]] = []
+    paper: list[list[str]] = []
+    for name, source, method, *numbers in rows:
+        if name and not (source or method):
+            paper = [[name, *numbers]]  # of the recipe that comes next
+            continue
+        if name:
+            lines += [[f"{name}, {source}"], *paper]
+            paper = []
+        lines.append([method, *numbers])
+    cells = [headings[2:], *(line for line in lines if len(line) > 1)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def shown(cells: Sequence[str], style: str = "") -> None:
+        padded = [
+            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        _console().print(escape("  " + "  ".join(padded).rstrip()), style=style, soft_wrap=True)
+
+    _console().print("accuracy (%), certified at l2 radii\n", style="italic", soft_wrap=True)
+    shown(headings[2:], "bold")
+    for line in lines:
+        if len(line) > 1:
+            shown(line)
+        else:
+            _console().print(escape(line[0]), soft_wrap=True)
 
 
 def _training_config(config: Path | None, given: dict[str, Any], seed: int | None) -> TrainingConfig:
