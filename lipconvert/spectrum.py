@@ -262,7 +262,9 @@ def conv2d_same(
     p, r = origin or same_origin(weight)
     if padding_mode == "circular" and (weight.shape[2] > x.shape[2] or weight.shape[3] > x.shape[3]):
         weight, p, r = fold(weight, tuple(x.shape[2:]), (p, r)), 0, 0
-    if padding_mode == "circular" and stride == 1:
+    # torch's compiler and tracer take no function with derivatives of its own.
+    taken_apart = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if padding_mode == "circular" and stride == 1 and not taken_apart:
         y = _Circular.apply(x, weight, p, r)
         return y if bias is None else y + bias[:, None, None]
     mode = "constant" if padding_mode == "zeros" else padding_mode

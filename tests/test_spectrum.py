@@ -5,6 +5,7 @@ Circular convolutions against sums over shifted images, circulant matrices built
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from lipconvert_plugins.sll import SLLConv2d
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch.nn import functional
@@ -498,6 +500,22 @@ def test_derivatives_of_conv2d_same(kernel: tuple[int, int], origin: tuple[int, 
     each_weight = torch.stack([given[1], -2.0 * given[1]])
     many = [torch.func.vmap(lambda w, f=f: f(given[0], w, given[2]))(each_weight) for f in (found, direct)]
     torch.testing.assert_close(*many, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("default")  # of torch's own compiler, which differ from version to version
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda layer, x: torch.export.export(layer, (x,)).module(),
+        lambda layer, x: torch.export.export(layer, (x,), strict=True).module(),
+        torch.jit.trace,
+    ],
+    ids=["export", "strict export", "trace"],
+)
+def test_circular_convolutions_can_be_taken_apart(how: Callable[..., nn.Module]) -> None:
+    layer = SLLConv2d(3, 2, kernel_size=3)
+    x = torch.randn(4, 3, 5, 4)
+    torch.testing.assert_close(how(layer, x)(x), layer(x), rtol=0.0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
