@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 from .errors import InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
 from .rounding import gamma, operations
@@ -263,7 +265,7 @@ def conv2d_same(
     if padding_mode == "circular" and (weight.shape[2] > x.shape[2] or weight.shape[3] > x.shape[3]):
         weight, p, r = fold(weight, tuple(x.shape[2:]), (p, r)), 0, 0
     # torch's compiler and tracer take no function with derivatives of its own.
-    taken_apart = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    taken_apart = torch.compiler.is_compiling() or is_tracing()
     if padding_mode == "circular" and stride == 1 and not taken_apart:
         y = _Circular.apply(x, weight, p, r)
         return y if bias is None else y + bias[:, None, None]
@@ -302,14 +304,14 @@ class _Circular(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
         padded = functional.pad(x, _around(weight, ctx.origin), mode="circular")
-        return dx, torch.nn.grad.conv2d_weight(padded, weight.shape, g), None, None
+        return dx, conv2d_weight(padded, weight.shape, g), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (x, weight), (dx, dweight, *_) = ctx.saved_tensors, tangents
-        parts = [] if dx is None else [_Circular.apply(dx, weight, *ctx.origin)]
-        parts += [] if dweight is None else [_Circular.apply(x, dweight, *ctx.origin)]
-        return sum(parts[1:], parts[0])
+        dx = torch.zeros_like(x) if dx is None else dx
+        dweight = torch.zeros_like(weight) if dweight is None else dweight
+        return _Circular.apply(dx, weight, *ctx.origin) + _Circular.apply(x, dweight, *ctx.origin)  # type: ignore[operator]
 
 
 def conv2d_adjoint(
