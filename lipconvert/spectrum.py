@@ -267,8 +267,11 @@ def conv2d_same(
     # torch's compiler and tracer take no function with derivatives of its own.
     taken_apart = torch.compiler.is_compiling() or is_tracing()
     if padding_mode == "circular" and stride == 1 and not taken_apart:
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            # As it would cast a convolution; the backward pass runs outside of it, where x, weight and y must have one dtype.
+            x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
         y = _Circular.apply(x, weight, p, r)
-        return y if bias is None else y + bias[:, None, None]
+        return y if bias is None else y + bias[:, None, None].to(y)
     mode = "constant" if padding_mode == "zeros" else padding_mode
     return functional.conv2d(functional.pad(x, _around(weight, (p, r)), mode=mode), weight, bias, stride)
 
@@ -320,8 +323,7 @@ def conv2d_adjoint(
     """The adjoint of `conv2d_same` with stride 1: (B, out, h, w) → (B, in, h, w), by the flipped, transposed kernel."""
     p, r = origin or same_origin(weight)
     kh, kw = weight.shape[2:]
-    flipped = weight.flip(2, 3).transpose(0, 1).contiguous()  # or the convolution falls back to a slow one
-    return conv2d_same(x, flipped, None, 1, (kh - 1 - p, kw - 1 - r), padding_mode)
+    return conv2d_same(x, weight.flip(2, 3).transpose(0, 1), None, 1, (kh - 1 - p, kw - 1 - r), padding_mode)
 
 
 def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:

@@ -502,6 +502,23 @@ def test_derivatives_of_conv2d_same(kernel: tuple[int, int], origin: tuple[int, 
     torch.testing.assert_close(*many, rtol=0.0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "cast"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)])
+def test_circular_convolutions_under_autocast(dtype: torch.dtype, cast: torch.dtype) -> None:
+    """The dtypes and values of torch's own layer, forwards and backwards."""
+    own = nn.Conv2d(3, 2, 3, padding="same", padding_mode="circular").to(dtype)
+    x = torch.randn(4, 3, 5, 4, dtype=dtype)
+    found = []
+    for layer in (own, lambda x: lc.conv2d_same(x, own.weight, own.bias)):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(given)
+        assert y.dtype == cast
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), [given, own.weight, own.bias])])
+    assert [t.dtype for t in found[0]] == [t.dtype for t in found[1]]
+    tolerance = 0.02 if cast == torch.bfloat16 else 1e-12  # bfloat16 has 8 bits; sums are in another order
+    torch.testing.assert_close(*found, rtol=tolerance, atol=4.0 * tolerance)
+
+
 @pytest.mark.filterwarnings("default")  # of torch's own compiler, which differ from version to version
 @pytest.mark.parametrize(
     "how",
