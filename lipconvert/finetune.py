@@ -489,7 +489,7 @@ class _Plan:
 
 def require_fit(net: Network, train: Any, config: TrainingConfig) -> None:
     """Raises what `finetune` would raise of a configuration for a network of these shapes, before anything is trained."""
-    samples, _ = _split(Samples.of(train, "the training data"), None, config, net.input_shape)
+    samples, _ = _split(train, None, config, net.input_shape)
     Augmentation(config.augment, samples.shape)
     _Plan(net, config)
 

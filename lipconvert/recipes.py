@@ -227,7 +227,8 @@ def run(
             if place()[0] == 0:
                 result.write(folder / RESULT)
             return result
-    source = _start(path, recipe, starts, order)
+    samples = order.data(recipe.data, "train")
+    source = _start(path, recipe, starts, order, samples)
     order.told(path.stem, "training")
     about: dict[str, Any] = {
         "folder": folder,
@@ -235,7 +236,6 @@ def run(
         "on_step": order.on_step,
         "on_epoch": order.on_epoch,
     }
-    samples = order.data(recipe.data, "train")
     if recipe.model is not None:
         report = train(source, samples, None, recipe.training, name=recipe.title, **about)
         net = _converted(source, samples)
@@ -289,7 +289,7 @@ def keep_source(source: nn.Module, folder: Path) -> None:
     keep(source.state_dict(), folder / SOURCE)
 
 
-def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order) -> nn.Module:
+def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order, samples: Images) -> nn.Module:
     """What a recipe begins with: a new model, or what another recipe ends with, which is run now if it has not been."""
     seed = recipe.training.seed
     if recipe.model is not None:
@@ -312,7 +312,7 @@ def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order) -> nn
         )
         raise InvalidParameterError(f"what {path.name} starts from, {folder}", "there", reason)
     if stored is None:
-        _require_fit([recipe, *starts], order)
+        _require_fit([recipe, *starts], samples)
     run(first, order, seed=seed)
     if before.model is None:
         return checkpoint.load(folder / NETWORK)
@@ -322,11 +322,10 @@ def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order) -> nn
     return source.eval()
 
 
-def _require_fit(recipes: Sequence[Recipe], order: Order) -> None:
+def _require_fit(recipes: Sequence[Recipe], samples: Images) -> None:
     """Raises what a recipe cannot do with what it starts from, which has its shapes before it is trained."""
     recipe, (second, first) = recipes[0], recipes[-2:]
     assert first.model is not None
-    samples = order.data(recipe.data, "train")
     require_fit(_converted(built(first.model, recipe.training.seed), samples, second.convert), samples, recipe.training)
 
 
