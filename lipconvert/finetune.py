@@ -61,7 +61,7 @@ LEAST_EIGENVALUE = -1e-8
 
 # Files of a run in its folder, and what the state of one has.
 STATE, METRICS, REPORT, CURVES = "state.pt", "metrics.csv", "report.json", "curves.png"
-STATE_ENTRIES = ("key", "model", "optimizer", "step", "sums", "history", "kept", "weights")
+STATE_ENTRIES = ("key", "model", "optimizers", "step", "sums", "history", "kept", "weights")
 
 # Kernel entries below this part of the largest are round-off, of the transform or of the floats a network was stored in.
 SUPPORT = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -486,6 +486,32 @@ class _Plan:
             raise InvalidParameterError("learning_rates", self.config.learning_rates, reason)
         return [{"params": parameters, "factor": factor} for factor, parameters in found.items()]
 
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Adam, behind Muon for the matrices where the configuration asks for it.
+
+        Muon: O = the orthogonal factor of the momentum, W ← W − 0.2 √max(rows, columns) lr O, as large in rms as a step of
+        Adam. Kernels of stages on images are no matrices here, so it mixes no entries that ``penalty.freeze`` keeps.
+        """
+        config = self.config
+        rate, decay = config.learning_rate, config.weight_decay
+        found = list[torch.optim.Optimizer]()
+        rest = self.groups
+        if config.optimizer == "muon":
+            matrices, rest = self._split(lambda p: p.dim() == 2), self._split(lambda p: p.dim() != 2)
+            if not matrices:
+                raise InvalidParameterError("optimizer", "muon", "no matrix is trained, and it is for matrices alone")
+            found.append(
+                torch.optim.Muon(matrices, rate, decay, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+            )
+        if rest:
+            found.append(torch.optim.Adam(rest, rate, config.betas, weight_decay=decay, fused=True))
+        return found
+
+    def _split(self, chosen: Callable[[nn.Parameter], bool]) -> list[dict[str, Any]]:
+        """The groups with the chosen parameters alone, without empty ones."""
+        split = [{**group, "params": [p for p in group["params"] if chosen(p)]} for group in self.groups]
+        return [group for group in split if group["params"]]
+
 
 def require_fit(net: Network, train: Any, config: TrainingConfig) -> None:
     """Raises what `finetune` would raise of a configuration for a network of these shapes, before anything is trained."""
@@ -560,16 +586,14 @@ class _Run:
                 if parameter.requires_grad:
                     handle = parameter.register_hook(lambda g, m=mask: g.masked_fill(m.to(g.device), 0.0))
                     stack.callback(handle.remove)
-            self.optimizer = torch.optim.Adam(
-                plan.groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-            )
+            self.optimizers = plan.optimizers()
             # Shapes are fixed but for the last batch of an epoch, which is compiled once more.
             trained = model
             if config.compile:
                 from torch._dynamo.exc import TorchDynamoException  # here: it takes a second to import
 
                 trained, self.uncompiled = torch.compile(model, dynamic=False), (TorchDynamoException,)
-            self.wrapped, self.stepper = self.fabric.setup(trained, self.optimizer)
+            self.wrapped, *self.steppers = self.fabric.setup(trained, *self.optimizers)
             yield
             model.eval()
 
@@ -622,9 +646,10 @@ class _Run:
         x, labels = self.samples.batch(mine, self.dtype)
         x = self.augmentation(x, draws[share])
         rate = config.learning_rate * schedule_factor(config.schedule, self.step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            optimizer.zero_grad()
         penalised = self.supports if config.penalty.weight else []
         with ExitStack() as stack:
             for support in penalised:
@@ -637,8 +662,10 @@ class _Run:
             cost = torch.stack(costs).sum() if costs else loss.new_zeros(())
             self.fabric.backward(loss + cost)
         if config.clip is not None:
-            self.fabric.clip_gradients(self.wrapped, self.stepper, max_norm=config.clip)
-        self.stepper.step()
+            # Of all optimisers together, where Fabric's takes one; no precision here scales gradients.
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        for stepper in self.steppers:
+            stepper.step()
         self.step += 1
         value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))
         penalty = float(cost.detach())
@@ -707,7 +734,7 @@ class _Run:
         state = {
             "key": self.key,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "sums": sums,
             "history": [record.model_dump(mode="json") for record in self.history],
@@ -748,7 +775,8 @@ class _Run:
         if self.found is None:
             return
         self.model.load_state_dict(self.found["model"])
-        self.optimizer.load_state_dict(self.found["optimizer"])
+        for optimizer, state in zip(self.optimizers, self.found["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.step, self.sums = self.found["step"], self.found["sums"]
         self.history = [EpochRecord.model_validate(record) for record in self.found["history"]]
         self.kept, self.weights = self.found["kept"], self.found["weights"]

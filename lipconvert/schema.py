@@ -459,9 +459,16 @@ class TrainingConfig(_Options):
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=256, ge=1, description="of all processes together")
-    learning_rate: float = Field(default=1e-3, gt=0.0, description="of Adam, at the peak of the schedule")
+    optimizer: Literal["adam", "muon"] = Field(
+        default="adam",
+        description="muon: matrices by torch.optim.Muon (orthogonalised momentum), kernels and vectors by Adam",
+    )
+    learning_rate: float = Field(
+        default=1e-3, gt=0.0, description="at the peak of the schedule; Muon's steps are scaled to the size of Adam's"
+    )
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0.0)
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0, description="of Muon")
+    weight_decay: float = Field(default=0.0, ge=0.0, description="in Adam's gradient; decoupled in Muon")
     clip: float | None = Field(default=None, gt=0.0, description="largest norm of the gradient")
     schedule: ScheduleConfig = ScheduleConfig()
     learning_rates: LearningRates = Field(default=LearningRates(), description="of the stages of a converted network")

@@ -371,6 +371,61 @@ def test_the_steps_of_the_loop_are_adams_written_by_hand(options):
     np.testing.assert_allclose([record.loss for record in report.history[1:]], means, rtol=1e-10)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_step_of_muon_turns_the_gradient_of_a_matrix_into_its_orthogonal_factor(decay):
+    """Against singular vectors: Newton and Schulz's values are within 0.6 to 1.3 of 1 where the gradient's are not tiny."""
+    net, data = network(activation="tanh"), labelled((SIZE,), 8)
+    rates, config = {"G": 2.0}, configured(epochs=1, optimizer="muon", learning_rates={"G": 2.0}, weight_decay=decay)
+    stage, seen = net.stages[0], []
+    p = {name: getattr(stage, name).detach().clone().requires_grad_(True) for name in NAMES}
+    batches_of(net, seen)
+    lc.finetune(net, data, config=config)
+    logits = network_by_hand(p, 1.5, 0.2, seen[0])
+    loss = loss_by_hand(logits, data.tensors[1][rows_of(seen[0], data)], math.sqrt(2.0) * 1.5 * 0.1, 0.5)
+    grads = dict(zip(NAMES, torch.autograd.grad(loss, list(p.values())), strict=True))
+    for name, gradient in grads.items():
+        rate = 1e-2 * rates.get(name, 1.0)
+        moved = p[name].detach() - getattr(stage, name).detach()
+        if name in ("log_psi", "b_z", "b_y"):  # Adam's first step, the decay in its gradient
+            expected = rate * (gradient + decay * p[name].detach()).sign()
+            torch.testing.assert_close(moved, expected, atol=1e-7, rtol=0.0)  # 1e-8 beside gradients of 1e-3
+            continue
+        left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+        step = (moved - rate * decay * p[name].detach()) / (0.2 * math.sqrt(max(gradient.shape)) * rate)
+        large = values > 0.2 * values.norm()
+        found = (left.T @ step @ right.T)[large][:, large]
+        torch.testing.assert_close(found, found.diagonal().diag(), atol=0.1, rtol=0.0)  # it computes in bfloat16
+        assert len(found) > 0
+        assert float(found.diagonal().min()) > 0.6
+        assert float(found.diagonal().max()) < 1.3
+
+
+def test_muon_is_for_matrices_and_leaves_what_is_frozen():
+    net = network()
+    rates = dict.fromkeys(("G", "U", "V", "S"), 0.0)
+    with pytest.raises(lc.InvalidParameterError, match="no matrix is trained"):
+        lc.finetune(net, labelled((SIZE,), 8), config=configured(optimizer="muon", learning_rates=rates))
+    before = weights_of(net)
+    lc.finetune(net, labelled((SIZE,), 8), config=configured(optimizer="muon", learning_rates={"V": 0.0, "Psi": 0.0}))
+    after = weights_of(net)
+    assert {name.split(".")[-1] for name in before if torch.equal(before[name], after[name])} == {"V", "log_psi"}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_the_gradient_is_clipped_over_all_optimisers_together(optimizer, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def look(parameters, limit):
+        parameters = list(parameters)
+        clip(parameters, limit)
+        norms.append(math.sqrt(sum(float((p.grad**2).sum()) for p in parameters if p.grad is not None)))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
+    lc.finetune(network(), labelled((SIZE,), 8), config=configured(epochs=1, optimizer=optimizer, clip=1e-3))
+    assert norms == [pytest.approx(1e-3, rel=1e-2)]  # torch divides by the norm + 1e-6
+
+
 def test_a_flat_network_is_trained_on_images():
     data = labelled((1, 1, SIZE), 9)
     flat = TensorDataset(data.tensors[0].flatten(1), data.tensors[1])
@@ -1441,7 +1496,11 @@ def data(kind, count, seed):
 
 
 def go(kind, folder=None, batch_size=8, **given):
-    more = {"flat": {"clip": 0.05}, "source": {}, "image": {"penalty": {"weight": 0.05, "freeze": True}}}[kind]
+    more = {
+        "flat": {"clip": 0.05, "optimizer": "muon"},
+        "source": {},
+        "image": {"penalty": {"weight": 0.05, "freeze": True}},
+    }[kind]
     augment = {} if kind == "flat" else {"crop": 1, "flip": True, "contrast": (0.5, 1.5), "hue": 0.2}
     config = lc.TrainingConfig.model_validate(
         {"epochs": 3, "batch_size": batch_size, "learning_rate": 0.01, "precision": "64-true", "tolerance": 1e-13,
