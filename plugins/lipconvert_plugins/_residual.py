@@ -217,9 +217,10 @@ class ResidualNetwork(nn.Sequential):
     """The network of the paper's experiments: zero-pad the channels, convolutions, mean pooling, dense layers, first logits.
 
     ``image``: h = w of the input, or (h, w); without it inputs are flat, and ``inputs`` is their number. On images:
-    ``in_channels`` are padded to ``channels``, ``conv_depth`` layers of ``inner`` channels and ``kernel_size`` follow, then
-    pooling by ``pool`` (`MeanPool`) and ``Flatten``. Then, with or without images: pad to ``features`` (by default as many as
-    there are), ``dense_depth`` layers of ``dense_inner`` neurons, and the first ``classes`` features as logits. 1-Lipschitz.
+    pixels of ``unshuffle`` x ``unshuffle`` blocks become channels (``PixelUnshuffle``), the ``in_channels`` times as many are
+    padded to ``channels``, ``conv_depth`` layers of ``inner`` channels and ``kernel_size`` follow, then pooling by ``pool``
+    (`MeanPool`) and ``Flatten``. Then, with or without images: pad to ``features`` (by default as many as there are),
+    ``dense_depth`` layers of ``dense_inner`` neurons, and the first ``classes`` features as logits. 1-Lipschitz.
     """
 
     linear: type[ResidualLinear]
@@ -237,6 +238,7 @@ class ResidualNetwork(nn.Sequential):
         inner: int | None = None,
         conv_depth: int = 4,
         kernel_size: int | tuple[int, int] = 3,
+        unshuffle: int = 1,
         pool: int = 4,
         features: int | None = None,
         dense_depth: int = 2,
@@ -244,12 +246,22 @@ class ResidualNetwork(nn.Sequential):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if image is not None and channels < in_channels:
-            raise InvalidParameterError("channels", channels, f"there are {in_channels} input channels")
-        front = Front(inputs, image, channels if image is not None else in_channels, channels, conv_depth, pool)
-        self.input_shape = front.input_shape if image is None else (in_channels, *front.input_shape[1:])
-        if image is not None and channels != in_channels:
-            self.add_module("pad_channels", PadChannels(channels))
+        if image is None:
+            front = Front(inputs, image, in_channels, channels, conv_depth, pool)
+            self.input_shape = front.input_shape
+        else:
+            h, w = (image, image) if isinstance(image, int) else image
+            if unshuffle < 1 or h % unshuffle or w % unshuffle:
+                raise ShapeError("the image", f"(h, w), multiples of unshuffle = {unshuffle}", (h, w))
+            given = in_channels * unshuffle**2
+            if channels < given:
+                raise InvalidParameterError("channels", channels, f"there are {given} input channels")
+            front = Front(inputs, (h // unshuffle, w // unshuffle), channels, channels, conv_depth, pool)
+            self.input_shape = (in_channels, h, w)
+            if unshuffle > 1:
+                self.add_module("unshuffle", nn.PixelUnshuffle(unshuffle))
+            if channels != given:
+                self.add_module("pad_channels", PadChannels(channels))
         for k in range(len(front.widths)):
             self.add_module(f"conv{k}", self.conv(channels, inner, kernel_size, activation=activation))
         for name, module in front.joint():
@@ -271,8 +283,8 @@ def residual_from_state_dict(
 ) -> nn.Module | None:
     """A `ResidualNetwork` from its own state dict, None if it is not one.
 
-    ``inputs`` (or, with convolutions, ``image``, ``in_channels`` and ``pool``), ``classes`` and ``activation`` must be
-    given: the tensors do not say them.
+    ``inputs`` (or, with convolutions, ``image``, ``in_channels``, ``pool`` and, where it is not 1, ``unshuffle``),
+    ``classes`` and ``activation`` must be given: the tensors do not say them.
     """
     layers = split_layers(state_dict, network.prefix)
     if layers is None:
@@ -280,7 +292,14 @@ def residual_from_state_dict(
     convolutions, depth = layers
     arguments = front_arguments(state_dict, options, network.prefix, convolutions)
     if convolutions:
-        arguments |= {"inner": len(state_dict["conv0.weight"]), "channels": state_dict["conv0.weight"].shape[1]}
+        unshuffle = required_option(
+            {"unshuffle": 1, **options}, "unshuffle", network.prefix, "blocks to channels", whole
+        )
+        arguments |= {
+            "unshuffle": unshuffle,
+            "inner": len(state_dict["conv0.weight"]),
+            "channels": state_dict["conv0.weight"].shape[1],
+        }
     else:
         meaning = "size of the flat input before padding"
         arguments["inputs"] = required_option(options, "inputs", network.prefix, meaning, whole)
