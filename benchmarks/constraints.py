@@ -130,9 +130,16 @@ ON_MNIST = (
     Variant("epsilon 1e-4", {"epsilon": 1e-4}),
     Variant("epsilon 0.1", {"epsilon": 0.1}),
     Variant("betas 0.5, 0.9", {"betas": [0.5, 0.9]}),
+    Variant("Muon", {"optimizer": "muon"}),
+    Variant("Muon, learning rate 2e-2", {"optimizer": "muon", "learning_rate": 2e-2}),
     Variant("no augmentation", {"augment": {}}),
     Variant("from random weights", start="random"),
     Variant("from random weights, as long as both", {"epochs": 12}, start="random"),
+    Variant(
+        "Muon, 2e-2, from random weights, as long as both",
+        {"optimizer": "muon", "learning_rate": 2e-2, "epochs": 12},
+        start="random",
+    ),
     Variant("Lip-MonDEQ trained on", {"epsilon": None}, start="source"),
 )
 ON_DIGITS = (
