@@ -208,7 +208,7 @@ def markdown(report: DemoReport) -> str:
             for row in report.rows
         ),
         "",
-        f"Training: Adam, {c.epochs} epochs, batches of {c.batch_size}, learning rate {c.learning_rate:g}, "
+        f"Training: {c.optimizer.capitalize()}, {c.epochs} epochs, batches of {c.batch_size}, learning rate {c.learning_rate:g}, "
         f"offset {c.loss.offset:g}, temperature {c.loss.temperature:g}, seed {c.seed}. "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items())
         + ".",

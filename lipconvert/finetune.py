@@ -1,6 +1,6 @@
 """Fine-tune a converted network, or train a source network, with its Lipschitz constant proved after every epoch.
 
-A network of LBEN stages keeps L whatever its optimiser does (`lipconvert.lben`), so Adam on a margin loss is all it takes.
+A network of LBEN stages keeps L whatever its optimiser does (`lipconvert.lben`), so Adam or Muon on a margin loss is all it takes.
 Source networks are trained by the same loop, and converted after every epoch to see what is proved of them.
 
 Everything random is a function of the seed and the step: the order of an epoch, and the numbers of each augmentation. So the
