@@ -208,8 +208,8 @@ def markdown(report: DemoReport) -> str:
             for row in report.rows
         ),
         "",
-        f"Training: {c.optimizer.capitalize()}, {c.epochs} epochs, batches of {c.batch_size}, learning rate {c.learning_rate:g}, "
-        f"offset {c.loss.offset:g}, temperature {c.loss.temperature:g}, seed {c.seed}. "
+        f"Training: {c.optimizer.capitalize()}, {c.epochs} epochs, batches of {c.batch_size}, "
+        f"learning rate {c.learning_rate:g}, offset {c.loss.offset:g}, temperature {c.loss.temperature:g}, seed {c.seed}. "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items())
         + ".",
         "",

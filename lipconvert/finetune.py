@@ -1,7 +1,7 @@
 """Fine-tune a converted network, or train a source network, with its Lipschitz constant proved after every epoch.
 
-A network of LBEN stages keeps L whatever its optimiser does (`lipconvert.lben`), so Adam or Muon on a margin loss is all it takes.
-Source networks are trained by the same loop, and converted after every epoch to see what is proved of them.
+A network of LBEN stages keeps L whatever its optimiser does (`lipconvert.lben`), so all it takes is Adam, or Muon, and a
+margin loss. Source networks are trained by the same loop, and converted after every epoch to see what is proved of them.
 
 Everything random is a function of the seed and the step: the order of an epoch, and the numbers of each augmentation. So the
 state of a run is its weights, its optimiser and its step, and a run that is killed goes on bit for bit where it was saved.
