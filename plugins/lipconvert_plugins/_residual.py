@@ -292,11 +292,12 @@ def residual_from_state_dict(
     convolutions, depth = layers
     arguments = front_arguments(state_dict, options, network.prefix, convolutions)
     if convolutions:
-        unshuffle = required_option(
-            {"unshuffle": 1, **options}, "unshuffle", network.prefix, "blocks to channels", whole
+        given, meaning = (
+            {"unshuffle": options.get("unshuffle", 1)},
+            "side of the blocks that become channels, 1 for none",
         )
         arguments |= {
-            "unshuffle": unshuffle,
+            "unshuffle": required_option(given, "unshuffle", network.prefix, meaning, whole),
             "inner": len(state_dict["conv0.weight"]),
             "channels": state_dict["conv0.weight"].shape[1],
         }
