@@ -449,6 +449,8 @@ class _Plan:
             reason = "Ψ stays I where it is only a scale of states: set balance to false to train it"
             raise InvalidParameterError("learning_rates.Psi", config.learning_rates.Psi, reason)
         self.groups = self._groups(model)
+        if config.optimizer == "muon" and not self._split(matrices=True):
+            raise InvalidParameterError("optimizer", "muon", "no matrix is trained, and it is for matrices alone")
 
     def _require_stages(self, model: nn.Module) -> None:
         """Options that are about LBEN stages need some."""
@@ -494,12 +496,9 @@ class _Plan:
         """
         config = self.config
         rate, decay = config.learning_rate, config.weight_decay
-        found = list[torch.optim.Optimizer]()
-        rest = self.groups
+        found, rest = list[torch.optim.Optimizer](), self.groups
         if config.optimizer == "muon":
-            matrices, rest = self._split(lambda p: p.dim() == 2), self._split(lambda p: p.dim() != 2)
-            if not matrices:
-                raise InvalidParameterError("optimizer", "muon", "no matrix is trained, and it is for matrices alone")
+            matrices, rest = self._split(matrices=True), self._split(matrices=False)
             found.append(
                 torch.optim.Muon(matrices, rate, decay, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
             )
@@ -507,9 +506,11 @@ class _Plan:
             found.append(torch.optim.Adam(rest, rate, config.betas, weight_decay=decay, fused=True))
         return found
 
-    def _split(self, chosen: Callable[[nn.Parameter], bool]) -> list[dict[str, Any]]:
-        """The groups with the chosen parameters alone, without empty ones."""
-        split = [{**group, "params": [p for p in group["params"] if chosen(p)]} for group in self.groups]
+    def _split(self, *, matrices: bool) -> list[dict[str, Any]]:
+        """The groups with matrices alone, or with everything else, without empty ones."""
+        split = [
+            {**group, "params": [p for p in group["params"] if (p.dim() == 2) == matrices]} for group in self.groups
+        ]
         return [group for group in split if group["params"]]
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lipconvert as lc
 from lipconvert.data import Images, Shaped
-from lipconvert.finetune import Samples, _Support, margin_loss, schedule_factor
+from lipconvert.finetune import Samples, _Support, margin_loss, require_fit, schedule_factor
 from lipconvert.plotting import radius_name
 from lipconvert.schema import FinetuneReport, ScheduleConfig, TrainingConfig
 
@@ -402,10 +402,14 @@ def test_a_step_of_muon_turns_the_gradient_of_a_matrix_into_its_orthogonal_facto
 
 def test_muon_is_for_matrices_and_leaves_what_is_frozen():
     net = network()
+    before, epsilon = weights_of(net), net.stages[0].epsilon
     rates = dict.fromkeys(("G", "U", "V", "S"), 0.0)
+    config = configured(optimizer="muon", learning_rates=rates, epsilon=0.7)
     with pytest.raises(lc.InvalidParameterError, match="no matrix is trained"):
-        lc.finetune(net, labelled((SIZE,), 8), config=configured(optimizer="muon", learning_rates=rates))
-    before = weights_of(net)
+        require_fit(net, labelled((SIZE,), 8), config)
+    with pytest.raises(lc.InvalidParameterError, match="no matrix is trained"):
+        lc.finetune(net, labelled((SIZE,), 8), config=config)
+    assert net.stages[0].epsilon == epsilon  # what is refused stays as it was
     lc.finetune(net, labelled((SIZE,), 8), config=configured(optimizer="muon", learning_rates={"V": 0.0, "Psi": 0.0}))
     after = weights_of(net)
     assert {name.split(".")[-1] for name in before if torch.equal(before[name], after[name])} == {"V", "log_psi"}

@@ -292,10 +292,8 @@ def residual_from_state_dict(
     convolutions, depth = layers
     arguments = front_arguments(state_dict, options, network.prefix, convolutions)
     if convolutions:
-        given, meaning = (
-            {"unshuffle": options.get("unshuffle", 1)},
-            "side of the blocks that become channels, 1 for none",
-        )
+        given = options if "unshuffle" in options else {"unshuffle": 1}
+        meaning = "side of the blocks that become channels, 1 for none"
         arguments |= {
             "unshuffle": required_option(given, "unshuffle", network.prefix, meaning, whole),
             "inner": len(state_dict["conv0.weight"]),
