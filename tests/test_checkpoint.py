@@ -769,27 +769,6 @@ class TestConvolutionalRecognition:
         with pytest.raises(lc.LipconvertError, match=said):
             lc.from_state_dict(model.state_dict(), options | {option: value})
 
-    @pytest.mark.parametrize("name", ["sll", "cpl"])
-    def test_networks_on_blocks_of_pixels(self, name):
-        sizes = {
-            "image": (6, 4),
-            "in_channels": 2,
-            "channels": 9,
-            "conv_depth": 2,
-            "unshuffle": 2,
-            "pool": 1,
-            "dense_depth": 1,
-        }
-        model = shaken(NETWORKS[name](**sizes, classes=3))
-        options = {"image": "6x4", "in_channels": 2, "pool": 1, "classes": 3, "activation": "relu"}
-        rebuilt = lc.from_state_dict(model.state_dict(), options | {"unshuffle": "2"})
-        x = torch.randn(3, 2, 6, 4)
-        with torch.no_grad():
-            assert torch.equal(rebuilt(x), model(x))
-        for value, said in (("x", "unshuffle"), (1, r"0\.weight|features"), (4, "multiples of unshuffle")):
-            with pytest.raises(lc.LipconvertError, match=said):
-                lc.from_state_dict(model.state_dict(), options | {"unshuffle": value})
-
     @pytest.mark.parametrize(
         ("option", "value"),
         [

@@ -993,16 +993,11 @@ def test_sizes_are_checked_when_a_layer_is_made() -> None:
     for network in (sll.SLLNetwork, cpl.CPLNetwork, aol.AOLNetwork, sandwich.SandwichNetwork):
         with pytest.raises(lc.ShapeError, match="multiples of pool = 4"):
             network(image=(8, 6))
-    for unshuffle in (0, 3):
-        with pytest.raises(lc.ShapeError, match=f"multiples of unshuffle = {unshuffle}"):
-            sll.SLLNetwork(image=(6, 8), channels=27, unshuffle=unshuffle)
 
 
 def test_padding_cannot_take_channels_away() -> None:
     with pytest.raises(lc.InvalidParameterError, match=r"channels is 2.*3 input channels"):
         sll.SLLNetwork(image=8, in_channels=3, channels=2)
-    with pytest.raises(lc.InvalidParameterError, match=r"channels is 11.*12 input channels"):
-        cpl.CPLNetwork(image=8, in_channels=3, channels=11, unshuffle=2)
 
 
 def test_converting_without_gradients() -> None:
@@ -1070,9 +1065,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "cpl": lambda: cpl.CPLNetwork(
         image=(4, 8), in_channels=3, channels=4, conv_depth=2, pool=4, features=20, dense_depth=2, classes=5
     ),
-    "unshuffled": lambda: sll.SLLNetwork(
-        image=(6, 9), in_channels=2, channels=20, inner=5, conv_depth=2, unshuffle=3, pool=1, dense_inner=4, classes=3
-    ),
     "aol": lambda: aol.AOLNetwork(image=(6, 9), in_channels=2, channels=3, pool=3, features=8, classes=3),
     "sandwich": lambda: sandwich.SandwichNetwork(
         image=(6, 4), in_channels=2, channels=3, pool=2, features=7, dense_depth=2, classes=3, lipschitz=1.5
@@ -1085,10 +1077,10 @@ def test_whole_networks(kind: str) -> None:
     """Convolutions and dense layers end to end: outputs, L, one stage for each half, float32."""
     model = shaken(NETWORKS[kind]())
     net = lc.convert(model)
-    glue, pad = [lc.MeanPool, nn.Flatten], lc.PadChannels
-    inside = {"sll": [pad], "cpl": [pad], "unshuffled": [nn.PixelUnshuffle, pad]}.get(kind, [])
-    joint = {"cpl": [*glue, pad], "unshuffled": [nn.Flatten]}.get(kind, glue)
-    behind = [lc.FirstFeatures] if kind in ("sll", "cpl", "unshuffled") else []
+    glue = [lc.MeanPool, nn.Flatten]
+    inside = {"sll": [lc.PadChannels], "cpl": [lc.PadChannels]}.get(kind, [])
+    joint = {"cpl": [*glue, lc.PadChannels]}.get(kind, glue)
+    behind = [lc.FirstFeatures] if kind in ("sll", "cpl") else []
     assert [type(step) for step in net.steps] == [*inside, lc.LBEN, *joint, lc.LBEN, *behind]
     x = torch.randn(5, *model.input_shape)
     with torch.no_grad():

@@ -217,10 +217,9 @@ class ResidualNetwork(nn.Sequential):
     """The network of the paper's experiments: zero-pad the channels, convolutions, mean pooling, dense layers, first logits.
 
     ``image``: h = w of the input, or (h, w); without it inputs are flat, and ``inputs`` is their number. On images:
-    pixels of ``unshuffle`` x ``unshuffle`` blocks become channels (``PixelUnshuffle``), the ``in_channels`` times as many are
-    padded to ``channels``, ``conv_depth`` layers of ``inner`` channels and ``kernel_size`` follow, then pooling by ``pool``
-    (`MeanPool`) and ``Flatten``. Then, with or without images: pad to ``features`` (by default as many as there are),
-    ``dense_depth`` layers of ``dense_inner`` neurons, and the first ``classes`` features as logits. 1-Lipschitz.
+    ``in_channels`` are padded to ``channels``, ``conv_depth`` layers of ``inner`` channels and ``kernel_size`` follow, then
+    pooling by ``pool`` (`MeanPool`) and ``Flatten``. Then, with or without images: pad to ``features`` (by default as many as
+    there are), ``dense_depth`` layers of ``dense_inner`` neurons, and the first ``classes`` features as logits. 1-Lipschitz.
     """
 
     linear: type[ResidualLinear]
@@ -238,7 +237,6 @@ class ResidualNetwork(nn.Sequential):
         inner: int | None = None,
         conv_depth: int = 4,
         kernel_size: int | tuple[int, int] = 3,
-        unshuffle: int = 1,
         pool: int = 4,
         features: int | None = None,
         dense_depth: int = 2,
@@ -246,22 +244,12 @@ class ResidualNetwork(nn.Sequential):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if image is None:
-            front = Front(inputs, image, in_channels, channels, conv_depth, pool)
-            self.input_shape = front.input_shape
-        else:
-            h, w = (image, image) if isinstance(image, int) else image
-            if unshuffle < 1 or h % unshuffle or w % unshuffle:
-                raise ShapeError("the image", f"(h, w), multiples of unshuffle = {unshuffle}", (h, w))
-            given = in_channels * unshuffle**2
-            if channels < given:
-                raise InvalidParameterError("channels", channels, f"there are {given} input channels")
-            front = Front(inputs, (h // unshuffle, w // unshuffle), channels, channels, conv_depth, pool)
-            self.input_shape = (in_channels, h, w)
-            if unshuffle > 1:
-                self.add_module("unshuffle", nn.PixelUnshuffle(unshuffle))
-            if channels != given:
-                self.add_module("pad_channels", PadChannels(channels))
+        if image is not None and channels < in_channels:
+            raise InvalidParameterError("channels", channels, f"there are {in_channels} input channels")
+        front = Front(inputs, image, channels if image is not None else in_channels, channels, conv_depth, pool)
+        self.input_shape = front.input_shape if image is None else (in_channels, *front.input_shape[1:])
+        if image is not None and channels != in_channels:
+            self.add_module("pad_channels", PadChannels(channels))
         for k in range(len(front.widths)):
             self.add_module(f"conv{k}", self.conv(channels, inner, kernel_size, activation=activation))
         for name, module in front.joint():
@@ -283,8 +271,8 @@ def residual_from_state_dict(
 ) -> nn.Module | None:
     """A `ResidualNetwork` from its own state dict, None if it is not one.
 
-    ``inputs`` (or, with convolutions, ``image``, ``in_channels``, ``pool`` and, where it is not 1, ``unshuffle``),
-    ``classes`` and ``activation`` must be given: the tensors do not say them.
+    ``inputs`` (or, with convolutions, ``image``, ``in_channels`` and ``pool``), ``classes`` and ``activation`` must be
+    given: the tensors do not say them.
     """
     layers = split_layers(state_dict, network.prefix)
     if layers is None:
@@ -292,13 +280,7 @@ def residual_from_state_dict(
     convolutions, depth = layers
     arguments = front_arguments(state_dict, options, network.prefix, convolutions)
     if convolutions:
-        given = options if "unshuffle" in options else {"unshuffle": 1}
-        meaning = "side of the blocks that become channels, 1 for none"
-        arguments |= {
-            "unshuffle": required_option(given, "unshuffle", network.prefix, meaning, whole),
-            "inner": len(state_dict["conv0.weight"]),
-            "channels": state_dict["conv0.weight"].shape[1],
-        }
+        arguments |= {"inner": len(state_dict["conv0.weight"]), "channels": state_dict["conv0.weight"].shape[1]}
     else:
         meaning = "size of the flat input before padding"
         arguments["inputs"] = required_option(options, "inputs", network.prefix, meaning, whole)
