@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, activation_of, is_activation
-from .bounds import Bounds, metrics
+from .bounds import Bounds
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
 from .lben import LBEN
 from .network import Network
-from .proofs import Enclosure, prove_gains, prove_monotone
+from .proofs import Enclosure, prove_gains
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
 from .spectrum import Grid
 from .state_map import StateMap
@@ -196,7 +196,10 @@ class Accuracy:
             grid = net.stages[-1].grid
             self._carried = _rows_norm(grid, (M[i] - M[j]).abs() + 2.0**-40 * self._both)
         self._sums: dict[tuple[int, str, float, float, torch.device], _Sums] = {}
-        self._stages = {k: self._read(step, k == last) for k, step in enumerate(net.steps) if isinstance(step, LBEN)}
+        lbens = [(k, step) for k, step in enumerate(net.steps) if isinstance(step, LBEN)]
+        self._stages = {
+            k: self._read(step, proved, k == last) for (k, step), proved in zip(lbens, bounds.monotone, strict=True)
+        }
 
     def require_unchanged(self) -> None:
         """Raise `NoCertificateError` where the network is no longer the one that was proved, or may stop quietly."""
@@ -211,13 +214,12 @@ class Accuracy:
                 reason = "it has changed since its constants were proved (trained, cast or moved). Make a new Certifier"
                 raise NoCertificateError(f"tensor {name!r} of the network", reason)
 
-    def _read(self, stage: LBEN, last: bool) -> _Stage:
+    def _read(self, stage: LBEN, proved: list[tuple[Tensor, float]], last: bool) -> _Stage:
         dae = stage.running()
         E = Enclosure.of(dae)
         dae = replace(dae, W=E.W, U=E.U, G=E.G, Lambda=dae.Lambda.cpu(), b_z=dae.bias_z.cpu(), b_y=dae.bias_y.cpu())
         found = []
-        for P in metrics(dae):
-            mu = prove_monotone(E, P)
+        for P, mu in proved:
             if mu == 0.0:
                 continue
             d = P.sqrt()

@@ -170,6 +170,7 @@ class Bounds:
     def __init__(self, net: Network) -> None:
         self.net = net
         self.stages: list[StageProof] = []
+        self.monotone: list[list[tuple[Tensor, float]]] = []  # of each LBEN: metrics P with their proved μ, 0 without
         self._chain: list[Segment | tuple[str, float]] = []
         self._functionals: tuple[Tensor, Tensor] | None = None
         self._found: dict[str, LipschitzBound] = {}
@@ -212,7 +213,8 @@ class Bounds:
             )
             enclosure = replace(enclosure, radius_U=radius_U, radius_G=radius_G)
         proof = prove_constant(dae, enclosure)
-        mu = max(prove_monotone(enclosure, P) for P in metrics(dae))
+        self.monotone.append([(P, prove_monotone(enclosure, P)) for P in metrics(dae)])
+        mu = max(mu for _, mu in self.monotone[-1])
         self.stages.append(
             StageProof(
                 name=stage.name,

@@ -173,7 +173,5 @@ def _is_factor(R: Tensor, A: Tensor, allowance: float) -> bool:
     n = A.shape[-1]
     places = torch.arange(n, dtype=torch.float64).unsqueeze(-1)
     probes = torch.cos(places * torch.tensor([0.7, 1.9, 2.6], dtype=torch.float64) ** 2 + 0.3).to(A.dtype)
-    lower = torch.tril(A)
-    hermitian = lower + torch.tril(A, -1).mH
-    difference = hermitian @ probes - R @ (R.mH @ probes)
+    difference = torch.tril(A) @ probes + torch.tril(A, -1).mH @ probes - R @ (R.mH @ probes)
     return bool(torch.linalg.vector_norm(difference, dim=-2).amax() <= allowance * n**0.5 + n * UNDERFLOW)
