@@ -31,7 +31,6 @@ from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
 from .lben import LBEN
-from .network import Network
 from .proofs import Enclosure, prove_gains
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
 from .spectrum import Grid
@@ -176,7 +175,7 @@ class Accuracy:
 
     def __init__(self, bounds: Bounds) -> None:
         self.net = net = bounds.net
-        self._weights = {name: value.clone() for name, value in _weights(net).items()}
+        self._bounds = bounds
         self.require_unchanged()
         self._constants = [L * (1.0 + 2.0**-44) for L in net.step_lipschitz]
         for k, (step, stage) in enumerate(zip(net.steps, bounds.stages, strict=True)):
@@ -207,12 +206,7 @@ class Accuracy:
             if not stage.options.throw:
                 reason = "its solver may stop quietly (SolverOptions(throw=False)): at an input nearby, anything may come out"
                 raise NoCertificateError(f"stage {stage.name!r}", reason)
-        before, now = self._weights, _weights(self.net)
-        for name in before.keys() | now.keys():
-            a, b = before.get(name), now.get(name)
-            if a is None or b is None or a.dtype != b.dtype or a.device != b.device or not torch.equal(a, b):
-                reason = "it has changed since its constants were proved (trained, cast or moved). Make a new Certifier"
-                raise NoCertificateError(f"tensor {name!r} of the network", reason)
+        self._bounds.require_unchanged()
 
     def _read(self, stage: LBEN, proved: list[tuple[Tensor, float]], last: bool) -> _Stage:
         dae = stage.running()
@@ -531,11 +525,6 @@ def _collapsed(grid: Grid, sizes: Tensor) -> Tensor:
     constant = torch.zeros_like(sizes)
     constant[..., 0] = _channel_norms(grid, sizes) * grid.pixels**0.5
     return constant
-
-
-def _weights(net: Network) -> dict[str, Tensor]:
-    """All tensors that the network's outputs depend on."""
-    return {name: value.detach() for name, value in net.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _window(pool: Any) -> int:

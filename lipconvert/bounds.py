@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,10 +182,27 @@ class Bounds:
         """The largest δ of the stages: their constants are proved at L(1 + δ)."""
         return max((stage.delta or 0.0 for stage in self.stages), default=0.0)
 
+    def require_unchanged(self) -> None:
+        """Raises `NoCertificateError` where the network is no longer the one that was proved."""
+        before, now = self._state, _state(self.net)
+        for name in before.keys() | now.keys():
+            a, b = before.get(name), now.get(name)
+            same = (
+                a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+                if isinstance(a, Tensor) and isinstance(b, Tensor)
+                else type(a) is type(b) and a == b
+            )
+            if not same:
+                reason = (
+                    "it has changed since its constants were proved (trained, cast, moved or set). Make a new Certifier"
+                )
+                raise NoCertificateError(f"{name!r} of the network", reason)
+
     def _read(self) -> None:
         net = self.net
         for stage in net.stages:
             stage.refresh()  # a few entries written through ``.data`` are not noticed: what is proved is what runs
+        self._state = copy.deepcopy(_state(net))
         pending: list[tuple[nn.Module, tuple[int, ...], float]] = []  # glue not yet taken in or counted
         shape = net.input_shape
         for step, L in zip(net.steps, net.step_lipschitz, strict=True):
@@ -423,6 +441,12 @@ def extremes(pairs: Tensor) -> tuple[float, float]:
     """The least and the greatest constant (q, q) of a logit difference."""
     off = pairs[~torch.eye(len(pairs), dtype=torch.bool)]
     return float(off.min()), float(off.max())
+
+
+def _state(net: Network) -> dict[str, Any]:
+    """All that the network's outputs and constants depend on, but for how equilibria are solved."""
+    tensors = {name: v.detach() if isinstance(v, Tensor) else v for name, v in net.state_dict().items()}
+    return {**tensors, "glue_lipschitz": net.glue_lipschitz, "modules": repr(net)}
 
 
 def metrics(dae: DAE) -> list[Tensor]:

@@ -300,11 +300,32 @@ def changed_quietly(net):
     net.stages[0].G.data.view(-1)[:2] = net.stages[0].G.data.view(-1)[:2].flip(0).clone()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [changed_by_training, changed_glue, changed_quietly, lambda net: net.float()],
-    ids=["trained", "glue", "quietly", "cast"],
-)
+def changed_epsilon(net):
+    net.stages[0].epsilon = 0.0
+    net.stages[0].refresh()
+
+
+def changed_constant(net):
+    net.stages[0].lipschitz = 3.0
+    net.stages[0].refresh()
+
+
+def changed_given_constant(net):
+    net.glue_lipschitz = (4.0, None)
+
+
+CHANGES = {
+    "trained": changed_by_training,
+    "glue": changed_glue,
+    "quietly": changed_quietly,
+    "epsilon": changed_epsilon,
+    "constant": changed_constant,
+    "given constant": changed_given_constant,
+    "cast": lambda net: net.float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_network_that_has_changed_is_not_certified_by_what_was_proved_before(change):
     stage = lc.LBEN(6, 5, 3, epsilon=0.1).double()
     net = lc.Network([lc.Normalize(0.5, 0.25).double(), stage], [None, None], (6,))
@@ -317,6 +338,16 @@ def test_a_network_that_has_changed_is_not_certified_by_what_was_proved_before(c
     with pytest.raises(lc.NoCertificateError, match=r"has changed since its constants were proved.*new Certifier"):
         certifier(x, labels)
     lc.Certifier(net)(x, labels)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_error_bounds_are_of_the_network_whose_constants_were_proved(change):
+    net = lc.Network([lc.Normalize(0.5, 0.25).double(), lc.LBEN(6, 5, 3, epsilon=0.1).double()], [None, None], (6,))
+    bounds = Bounds(net)
+    Accuracy(bounds)
+    change(net)
+    with pytest.raises(lc.NoCertificateError, match=r"has changed since its constants were proved.*new Certifier"):
+        Accuracy(bounds)
 
 
 def test_a_solver_that_may_stop_quietly_is_noticed_later_too():
