@@ -912,7 +912,7 @@ SetOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="in place of the recipe's or the config's")]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, help="only the first training and test samples, to try it out")
+    int | None, typer.Option("--limit", min=1, help="only so many training and test samples, to try it out")
 ]
 FolderOption = Annotated[
     Path | None,
@@ -1040,13 +1040,15 @@ def _training_config(config: Path | None, given: dict[str, Any], seed: int | Non
 def _training_data(
     model: str, name: str | None, data_dir: Path, limit: int | None, config: TrainingConfig
 ) -> tuple[data.Images, TrainingConfig]:
-    """Training samples, and the config with some of them held out: the test set is not for choosing epochs."""
+    """Training samples, and the config with some of them held out by default: the test set is not for choosing epochs."""
     if name is None:
         if Path(model).is_dir():
             raise InvalidParameterError("MODEL", model, "it is a folder; one recipe of it (NAME.yaml) is meant")
         raise InvalidParameterError("--data", "missing", f"it must say what to train on: {', '.join(data.NAMES)}")
     images = recipes.Order(data_dir=data_dir, limit=limit).data(name, "train")
-    return images, config.model_copy(update={"held_out": config.held_out or max(1, len(images) // 10)})
+    if "held_out" not in config.model_fields_set:
+        config = config.model_copy(update={"held_out": max(1, len(images) // 10)})
+    return images, config
 
 
 def _print_run(report: FinetuneReport, out: Path, as_json: bool, what: str) -> None:

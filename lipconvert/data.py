@@ -57,6 +57,13 @@ class Images(Dataset[tuple[Tensor, int]]):
             return self
         return Images(self.pixels[:count], self.labels[:count], self.top, self.name)
 
+    def spread(self, count: int | None) -> Images:
+        """So many of them, evenly from the first to the last (a folder is in order of classes), all for None."""
+        if count is None or count >= len(self):
+            return self
+        rows = torch.arange(count) * len(self) // count
+        return Images(self.pixels[rows], self.labels[rows], self.top, self.name)
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """All images (N, C, H, W), float32 in [0, 1], and all labels (N,)."""
         return self.pixels.float() / self.top, self.labels

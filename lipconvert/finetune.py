@@ -95,15 +95,16 @@ def finetune(
 
     ``train``, ``validation``: map-style data sets of (input, label) or loaders, held in memory; inputs in [0, 1], in the
     shape of the network or as images (C, H, W) where it is flat. Without ``validation`` the last ``config.held_out``
-    samples of a shuffled ``train`` are used, and with none of them the last weights are kept. ``config``: see
-    `TrainingConfig`. After every epoch λ_min(H) ≥ −1e-8 is checked, L is proved of the network in float64, and certified
-    accuracy is measured with it (`EpochRecord`). At the end the network holds the weights kept, in the precision it was
-    trained in, in ``eval`` mode.
+    samples of a shuffled ``train`` are used (the same ones for a seed), and with none of them the last weights are kept.
+    ``config``: see `TrainingConfig`. After every epoch λ_min(H) ≥ −1e-8, or its round-off where that is more, is checked, L
+    is proved of the network in float64, and certified accuracy is measured with it (`EpochRecord`). At the end the network
+    holds the weights kept, in the precision it was trained in, in ``eval`` mode.
 
     ``folder``: keep the state of the run there, saved every ``save_seconds`` and at the end of an epoch, and go on from it
-    after a kill: final weights are bitwise those of a run in one go (on one machine, with as many threads). Also
-    metrics.csv, report.json, curves.png, and with ``tensorboard`` events. ``on_step`` and ``on_epoch`` are called as it
-    goes. Under torchrun, or with ``config.devices`` > 1, processes take equal shares of every batch.
+    after a kill: final weights are bitwise those of a run in one go (on one machine, with as many threads and processes).
+    Also metrics.csv, report.json, curves.png, and with ``tensorboard`` events. ``on_step`` and ``on_epoch`` are called as it
+    goes. Under torchrun, or with ``config.devices`` > 1, processes take equal shares of every batch: the same but for the
+    order of sums, of which Muon, in bfloat16, makes differences of a thousandth of a step.
 
     Raises `NotFiniteError` when the loss or the weights are no longer finite (naming the step), `NotConvergedError` from an
     equilibrium, `NotPSDError` and `NoCertificateError` when the constant is lost, `InvalidParameterError` for a
@@ -284,7 +285,9 @@ class Samples:
         return (x if self.top == 1.0 else x / self.top), self.labels[rows]
 
     def dataset(self, shape: Sequence[int], dtype: torch.dtype) -> TensorDataset:
-        """All of them in the shape a network takes."""
+        """All of them in the shape a network takes; raises `ShapeError` where they have not as many entries."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ShapeError("a sample of the data", tuple(shape), self.shape)
         x, labels = self.batch(torch.arange(len(self)), dtype)
         return TensorDataset(x.reshape(-1, *shape), labels)
 
@@ -301,6 +304,12 @@ class _About:
     tensorboard: bool
     on_step: OnStep | None
     on_epoch: OnEpoch | None
+
+    def __post_init__(self) -> None:
+        for label, value in (("the label of the model", self.model), ("data", self.data)):
+            if not isinstance(value, str):
+                reason = "it is a word for the report; what to train on is train and validation"
+                raise InvalidParameterError(label, type(value).__name__, reason)
 
 
 def _fit(
@@ -491,8 +500,8 @@ class _Plan:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam, behind Muon for the matrices where the configuration asks for it.
 
-        Muon: O = the orthogonal factor of the momentum, W ← W − 0.2 √max(rows, columns) lr O, as large in rms as a step of
-        Adam. Kernels of stages on images are no matrices here, so it mixes no entries that ``penalty.freeze`` keeps.
+        Muon: O ≈ the orthogonal factor of Nesterov's momentum, W ← W − 0.2 √max(rows, columns) lr O, as large in rms as a
+        step of Adam. Kernels of stages on images are no matrices here, so it mixes no entries that ``penalty.freeze`` keeps.
         """
         config = self.config
         rate, decay = config.learning_rate, config.weight_decay
@@ -559,7 +568,7 @@ class _Run:
         parts = {"start": fingerprint(model), "training data": self.samples.fingerprint()}
         if self.held is not None:
             parts["validation data"] = self.held.fingerprint()
-        self.key = {**config.model_dump(mode="json"), **parts}
+        self.key = {**config.model_dump(mode="json"), "processes": self.world, **parts}
         self.found = self.find()
         plan = _Plan(model, config)
         # Nothing of the model has been changed so far: what is refused stays as it was. What follows comes before the
@@ -574,7 +583,8 @@ class _Run:
                 if config.epsilon is not None:
                     stage.epsilon = config.epsilon
                 if config.roots:
-                    _grow_roots(stage, config.roots, _generator(config.seed, 0, 1 + k))
+                    kept = next((mask for parameter, mask in frozen if parameter is stage.V), None)
+                    _grow_roots(stage, config.roots, _generator(config.seed, 0, 1 + k), kept)
                 stage.refresh()
         moving = {id(p) for group in plan.groups for p in group["params"]}
         resting = [p for p in model.parameters() if p.requires_grad and id(p) not in moving]
@@ -876,12 +886,17 @@ def loosely_solved(model: nn.Module, tolerance: float | None) -> Iterator[None]:
             layer.options = options
 
 
-def _grow_roots(stage: LBEN, size: float, generator: torch.Generator) -> None:
-    """Random entries into the rows of V that are zero: ∂(V′V)/∂V = 0 there, so that no gradient would ever move them."""
+def _grow_roots(stage: LBEN, size: float, generator: torch.Generator, kept: Tensor | None) -> None:
+    """Random entries into the rows of V that are zero: ∂(V′V)/∂V = 0 there, so that no gradient would ever move them.
+
+    ``kept``: where V stays as it is.
+    """
     V = stage.V.detach()
     rows = (V == 0).flatten(1).all(1).nonzero().flatten()
     if len(rows):
         entries = torch.randn(len(rows), *V.shape[1:], generator=generator, dtype=torch.float64)
+        if kept is not None:
+            entries = entries.masked_fill(kept[rows].to(entries.device), 0.0)
         V[rows] = (size / math.sqrt(V[0].numel()) * entries).to(V)
 
 

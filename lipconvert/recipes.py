@@ -25,7 +25,7 @@ from . import checkpoint, data
 from .certify import certify
 from .convert import convert
 from .data import Images
-from .errors import InvalidParameterError
+from .errors import InvalidParameterError, ShapeError
 from .factory import build
 from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, keep, require_fit, train, versions
 from .glue import Normalize
@@ -179,8 +179,8 @@ class Order:
     """What a run of recipes is told besides them.
 
     ``results``: where to; ``source``: data in place of theirs, as `data.load` names them; ``data_dir``: where the files of
-    the torchvision sets are; ``limit``: of training and test samples, to try it out. ``told``, ``on_step`` and
-    ``on_epoch`` are called as it goes.
+    the torchvision sets are; ``limit``: of training and test samples, to try it out; half of them are held out
+    where a recipe holds out more than there are. ``told``, ``on_step`` and ``on_epoch`` are called as it goes.
     """
 
     results: str | Path = DEFAULT
@@ -193,7 +193,13 @@ class Order:
 
     def data(self, name: str, split: str) -> Images:
         """A part of a data set, as `data.load` names them."""
-        return data.load(name, split, self.data_dir).first(self.limit)
+        return data.load(name, split, self.data_dir).spread(self.limit)
+
+    def training(self, config: TrainingConfig) -> TrainingConfig:
+        """A recipe's own, for as many samples."""
+        if self.limit is None or config.held_out < self.limit:
+            return config
+        return config.model_copy(update={"held_out": self.limit // 2})
 
     def changes(self, seed: int | None) -> dict[str, Any]:
         """What takes the place of a recipe's own entries, by dotted names."""
@@ -217,8 +223,12 @@ def run(
     if starts and starts[0].model is None and recipe.convert != ConversionConfig():
         reason = f"{recipe.start} ends with a converted network: convert belongs to the first recipe that fine-tunes"
         raise InvalidParameterError(f"convert of {path}", "given", reason)
+    for first, before in zip(chain(path)[1:], starts, strict=True):
+        if (kept := before.training.held_out) < recipe.training.held_out:
+            reason = f"{first.name} keeps {kept} back, so that it has been trained on the others"
+            raise InvalidParameterError(f"training.held_out of {path}", recipe.training.held_out, reason)
     folder = folder_of(path, order.results, seed)
-    stored = _stored(folder)
+    stored = _stored(folder, recipe)
     if stored is not None and stored.limit == order.limit and _made_by(stored, recipe, starts):
         if (stored.recipe, stored.starts) == (recipe, starts):
             return stored
@@ -227,7 +237,10 @@ def run(
             if place()[0] == 0:
                 result.write(folder / RESULT)
             return result
-    samples = order.data(recipe.data, "train")
+    samples, tests = order.data(recipe.data, "train"), Samples.of(order.data(recipe.data, "test"), "the test data")
+    if tests.shape != samples.shape:
+        raise ShapeError("a sample of the test data", samples.shape, tests.shape, "Training data have the other shape.")
+    training = order.training(recipe.training)
     source = _start(path, recipe, starts, order, samples)
     order.told(path.stem, "training")
     about: dict[str, Any] = {
@@ -237,22 +250,21 @@ def run(
         "on_epoch": order.on_epoch,
     }
     if recipe.model is not None:
-        report = train(source, samples, None, recipe.training, name=recipe.title, **about)
+        report = train(source, samples, None, training, name=recipe.title, **about)
         net = _converted(source, samples)
         if place()[0] == 0:
             keep_source(source, folder)
     else:
         net = source if isinstance(source, Network) else _converted(source, samples, recipe.convert)
-        report = finetune(net, samples, None, recipe.training, model=recipe.title, **about)
+        report = finetune(net, samples, None, training, model=recipe.title, **about)
     order.told(path.stem, "writing")
+    net = net.double()  # what is kept is what is certified
     if place()[0] == 0:
         checkpoint.save(net, folder / NETWORK)
     order.told(path.stem, "certifying")
-    net = net.double()
-    pairs = Samples.of(order.data(recipe.data, "test"), "the test data").dataset(net.input_shape, torch.float64)
     robustness = certify(
         net,
-        pairs,
+        tests.dataset(net.input_shape, torch.float64),
         recipe.training.radii,
         recipe.method,
         seconds=recipe.seconds,
@@ -271,7 +283,7 @@ def run(
         methods=[found.method for found in robustness.methods],
         certified_accuracy=[found.certified_accuracy for found in robustness.methods],
         proved_lipschitz=robustness.proved_lipschitz,
-        parameters=sum(p.numel() for p in source.parameters()),
+        parameters=sum(p.numel() for p in (net if recipe.model is None else source).parameters()),
         epochs=len(report.history) - 1,
         seconds=report.seconds,
         threads=torch.get_num_threads(),
@@ -296,7 +308,7 @@ def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order, sampl
         return built(recipe.model, seed)
     first, before = path.parent / str(recipe.start), starts[0]
     folder = folder_of(first, order.results, seed)
-    stored = _stored(folder)
+    stored = _stored(folder, before)
     if stored is None and before.training.devices != recipe.training.devices:
         reason = (
             f"{path.name} has {recipe.training.devices}, and processes start once: run {first.name} by itself first"
@@ -312,7 +324,7 @@ def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order, sampl
         )
         raise InvalidParameterError(f"what {path.name} starts from, {folder}", "there", reason)
     if stored is None:
-        _require_fit([recipe, *starts], samples)
+        _require_fit([recipe, *starts], order, samples)
     run(first, order, seed=seed)
     if before.model is None:
         return checkpoint.load(folder / NETWORK)
@@ -322,11 +334,12 @@ def _start(path: Path, recipe: Recipe, starts: list[Recipe], order: Order, sampl
     return source.eval()
 
 
-def _require_fit(recipes: Sequence[Recipe], samples: Images) -> None:
+def _require_fit(recipes: Sequence[Recipe], order: Order, samples: Images) -> None:
     """Raises what a recipe cannot do with what it starts from, which has its shapes before it is trained."""
     recipe, (second, first) = recipes[0], recipes[-2:]
     assert first.model is not None
-    require_fit(_converted(built(first.model, recipe.training.seed), samples, second.convert), samples, recipe.training)
+    start = _converted(built(first.model, recipe.training.seed), samples, second.convert)
+    require_fit(start, samples, order.training(recipe.training))
 
 
 def _converted(source: nn.Module, samples: Images, how: ConversionConfig | None = None) -> Network:
@@ -406,10 +419,10 @@ def chain(path: str | Path) -> list[Path]:
     return found
 
 
-def _stored(folder: Path) -> RecipeResult | None:
-    """What came of a run that is finished, None where it is not."""
-    finished = (folder / RESULT).is_file() and (folder / NETWORK).is_file()
-    return _read_result(folder / RESULT) if finished else None
+def _stored(folder: Path, recipe: Recipe) -> RecipeResult | None:
+    """What came of a run of a recipe that is finished, None where it is not."""
+    files = [RESULT, NETWORK] if recipe.model is None else [RESULT, NETWORK, SOURCE]
+    return _read_result(folder / RESULT) if all((folder / file).is_file() for file in files) else None
 
 
 def _read_result(file: Path) -> RecipeResult:
@@ -432,8 +445,9 @@ def rows_of(
 ) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table: the paper's row of each recipe where it has one, then ours by each method, in %.
 
-    Over several seeds: the mean ± the sample standard deviation. The radii are the default ones where any result has them;
-    of a recipe with others the row only says so, as it does of results for which ``why_not`` (`stale`) has a reason.
+    Over several seeds, on one set of data: the mean ± the sample standard deviation. The radii are the default ones where
+    any result has them; of a recipe with others the row only says so, as it does of results for which ``why_not`` (`stale`)
+    has a reason.
     """
     default = list(TrainingConfig().radii)
     present = [r.radii for results in found.values() for r in results]
@@ -451,9 +465,12 @@ def rows_of(
             rows.append([path.stem, recipe.data, reason, str(reasons.count(reason)), *[""] * (3 + len(radii))])
         if not given:
             rows.append([path.stem, recipe.data, "not run", *[""] * (4 + len(radii))])
-        for limit in sorted({result.limit for result in results}, key=lambda limit: limit or math.inf, reverse=True):
-            name = path.stem if limit is None else f"{path.stem} (--limit {limit})"
-            rows += _rows_of_one(name, recipe, [result for result in results if result.limit == limit], radii)
+        groups: dict[tuple[float, str], list[RecipeResult]] = {}
+        for result in results:
+            groups.setdefault((-(result.limit or math.inf), result.recipe.data), []).append(result)
+        for (limit, _), group in sorted(groups.items(), key=lambda item: item[0]):
+            name = path.stem if limit == -math.inf else f"{path.stem} (--limit {-limit:.0f})"
+            rows += _rows_of_one(name, group[0].recipe, group, radii)
     return headings, rows
 
 

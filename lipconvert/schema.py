@@ -390,7 +390,7 @@ Factor = Annotated[float, Field(ge=0.0)]
 
 
 class AugmentConfig(_Options):
-    """Random changes of training images, each sample its own; the whole of ``sll`` is the recipe of Araujo et al. 2023."""
+    """Random changes of training images, each sample its own: those of SLL (Araujo et al. 2023), none by default."""
 
     crop: int = Field(default=0, ge=0, description="pixels of padding on each side before a crop of the old size")
     padding: Literal["reflect", "zeros"] = Field(default="reflect", description="what the padding holds")
@@ -461,7 +461,8 @@ class TrainingConfig(_Options):
     batch_size: int = Field(default=256, ge=1, description="of all processes together")
     optimizer: Literal["adam", "muon"] = Field(
         default="adam",
-        description="muon: matrices by torch.optim.Muon (orthogonalised momentum), kernels and vectors by Adam",
+        description="muon: matrices by torch.optim.Muon (momentum, about orthogonalised in bfloat16 whatever the precision), "
+        "kernels and vectors by Adam",
     )
     learning_rate: float = Field(
         default=1e-3, gt=0.0, description="at the peak of the schedule; Muon's steps are scaled to the size of Adam's"
@@ -486,10 +487,14 @@ class TrainingConfig(_Options):
     epsilon: float | None = Field(
         default=None,
         ge=0.0,
-        description="ε of every stage, in the gauge of training: W − εΨ has the same L and is well-posed; null: as it is",
+        description="ε of the stages that are trained, in the gauge of training: W − εΨ has the same L and is well-posed; "
+        "null: as it is",
     )
     roots: float = Field(
-        default=0.0, ge=0.0, description="size of random entries in rows of V that are zero, which no gradient moves"
+        default=0.0,
+        ge=0.0,
+        description="size of random entries in rows of V that are zero, which no gradient moves (within the "
+        "support, where penalty.freeze keeps it)",
     )
     tolerance: float = Field(default=1e-3, gt=0.0, description="of equilibria while training; never of certificates")
     precision: Literal["bf16-mixed", "32-true", "64-true"] = Field(
@@ -518,7 +523,7 @@ class EpochRecord(_Document):
 
     epoch: int = Field(ge=0, description="0: before training")
     step: int = Field(ge=0)
-    learning_rate: float = Field(ge=0.0)
+    learning_rate: float = Field(ge=0.0, description="of the next step, 0 at the end")
     loss: float | None = Field(default=None, description="mean over the epoch; null before training")
     penalty: float | None = Field(default=None, description="mean over the epoch; null without one")
     natural_accuracy: Probability | None = Field(default=None, description="of the validation samples")
@@ -625,7 +630,7 @@ class RecipeResult(_Document):
     methods: list[Method] = Field(min_length=1, description="weakest first")
     certified_accuracy: list[list[Probability]] = Field(description="for each method, at each radius")
     proved_lipschitz: float = Field(gt=0.0)
-    parameters: int = Field(ge=0)
+    parameters: int = Field(ge=0, description="of what was trained: the source network, or the converted one")
     epochs: int = Field(ge=0, description="of this recipe alone")
     seconds: float = Field(ge=0.0, description="of training, of this recipe alone")
     threads: int = Field(ge=1)

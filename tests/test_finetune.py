@@ -568,6 +568,20 @@ def test_options_hooks_and_modes_are_as_before_afterwards(stopped):
         assert not net.training
 
 
+@pytest.mark.parametrize("options", [{"data": [1, 2]}, {"model": nn.Linear(2, 2)}])
+def test_what_is_no_label_is_refused_before_anything_is_trained(options):
+    net = network()
+    before = weights_of(net)
+    with pytest.raises(lc.InvalidParameterError, match="a word for the report"):
+        lc.finetune(net, labelled((SIZE,), 8), config=configured(), **options)
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(net).items())
+
+
+def test_a_data_set_in_a_shape_that_its_samples_do_not_have_is_refused():
+    with pytest.raises(lc.ShapeError, match="a sample of the data"):
+        Samples.of(labelled((3, 4, 6), 2), "the test data").dataset((71,), torch.float64)
+
+
 def test_epsilon_takes_epsilon_psi_off_W_and_keeps_L():
     for start in (0.0, 0.2):
         net = network()
@@ -864,6 +878,8 @@ def test_frozen_entries_outside_the_support_stay_bit_for_bit(options):
         free[np.arange(n), np.arange(n), 0, 0] = True
         assert 0.0 < free.mean() < 1.0
         np.testing.assert_array_equal(after["V"][~free], before[k]["V"][~free])
+        # and roots grow on the support alone: the numbers given, but for a cast to float32
+        np.testing.assert_allclose(after["V"][~free], given[k]["V"][~free], rtol=1e-6, atol=1e-9)
         for name in ("G", "S"):
             used = ~nothing[k][name]
             assert (after[name][used] != before[k][name][used]).mean() > 0.9, name

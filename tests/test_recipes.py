@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 import lipconvert as lc
-from lipconvert import cli, demo, plotting, recipes
+from lipconvert import cli, data, demo, plotting, recipes
 from lipconvert.errors import DataError, InvalidParameterError, LipconvertError, ShapeError
 from lipconvert.schema import FinetuneReport, Recipe, RecipeResult, TrainingConfig
 
@@ -96,7 +96,8 @@ def refused(*arguments):
 def digits(split="test", limit=LIMIT, flat=True):
     """By a road of our own: scikit-learn's digits, divided by 16."""
     found = load_digits()
-    rows = train_test_split(range(1797), test_size=360, stratify=found.target, random_state=0)[split == "test"][:limit]
+    rows = train_test_split(range(1797), test_size=360, stratify=found.target, random_state=0)[split == "test"]
+    rows = [rows[k * len(rows) // limit] for k in range(limit)]  # evenly
     x = torch.from_numpy(found.images[rows] / 16.0)
     return x.flatten(1) if flat else x[:, None], torch.from_numpy(found.target[rows])
 
@@ -254,9 +255,7 @@ def test_a_result_is_what_certify_and_the_definition_find_for_the_network_that_w
     result = RecipeResult.model_validate_json((folder / "result.json").read_text())
     net = lc.load(folder / "net.onnx")
     assert lc.verify(folder / "net.onnx").passed
-    # A converted network has float64, one that was fine-tuned what it was trained in.
-    assert {p.dtype for p in net.parameters()} == {torch.float64 if name == "base" else torch.float32}
-    net = net.double()
+    assert {p.dtype for p in net.parameters()} == {torch.float64}  # what is certified, whatever it was trained in
     x, labels = digits()
     report = lc.certify(net, TensorDataset(x, labels), result.radii, result.recipe.method)
     assert result.methods == [found.method for found in report.methods]
@@ -279,7 +278,7 @@ def test_a_result_is_what_certify_and_the_definition_find_for_the_network_that_w
         ({"stages": [7]}, "stages is [7]"),
         ({"penalty": {"weight": 0.1}}, "no stage that is trained is on images"),
         ({"augment": {"crop": 9}}, "reflect 7 pixels at most"),
-        ({"held_out": 1000}, "held_out is 1000"),
+        ({"held_out": 31}, "keeps 30 back, so that it has been trained on the others"),
         ({"learning_rates": dict.fromkeys(("Psi", "G", "U", "V", "S", "b"), 0.0)}, "nothing is left to train"),
     ],
 )
@@ -305,7 +304,7 @@ def test_what_one_ends_with_is_what_the_next_begins_with(chain, first, second):
     assert start.natural_accuracy == last.natural_accuracy
     assert start.certified_accuracy == last.certified_accuracy
     assert start.lipschitz == last.lipschitz
-    # And by hand: the held-out samples are some of the first 90, and the accuracy of the written network on them.
+    # And by hand: the held-out samples are some of the 90, and the accuracy of the written network on them.
     order = torch.randperm(LIMIT, generator=_generator_of_seed_0())
     x, labels = digits("train")
     net = lc.load(chain / first / "seed-0" / "net.onnx").double()
@@ -327,6 +326,11 @@ def test_the_source_weights_that_are_kept_are_those_of_the_network_that_is_writt
         torch.testing.assert_close(model.double()(x), net(x), rtol=0, atol=1e-4)
     result = RecipeResult.model_validate_json((chain / "base" / "seed-0" / "result.json").read_text())
     assert result.parameters == sum(value.numel() for value in model.parameters())
+    # Of a recipe with a start it is the converted network that is trained.
+    result = RecipeResult.model_validate_json((chain / "fine" / "seed-0" / "result.json").read_text())
+    trained = lc.load(chain / "fine" / "seed-0" / "net.onnx")
+    assert result.parameters == sum(value.numel() for value in trained.parameters())
+    assert result.parameters != sum(value.numel() for value in model.parameters())
 
 
 def test_metrics_have_a_row_for_each_record_of_the_report(chain):
@@ -608,6 +612,12 @@ def test_limit_is_of_training_and_of_test_samples():
     assert result.samples == 50
     report = report_of("results/base/seed-0")
     assert (report.train_samples, report.validation_samples) == (20, 30)
+    # Fewer than are held out, of this recipe and of what it starts from: half of them then.
+    write("fine.yaml", start="base.yaml")
+    run("fine.yaml", limit=30, results="less")
+    for name in ("base", "fine"):
+        report = report_of(f"less/{name}/seed-0")
+        assert (report.train_samples, report.validation_samples) == (15, 15)
     message = refused("train", "base.yaml", "--limit", 60)
     assert "training data" in message
 
@@ -1357,6 +1367,55 @@ def test_a_name_that_stands_twice_is_refused(text):
     write("a.yaml", text)
     name = "epochs" if "epochs" in text else "title"
     assert f"'{name}' stands here twice" in " ".join(refused("train", "a.yaml").split())
+
+
+def test_seeds_on_other_data_stand_in_a_row_of_their_own(digits_in_files):
+    path = write("a.yaml")
+    results = [run("a.yaml", seed=seed) for seed in (0, 1)]
+    other = run("a.yaml", seed=2, source=digits_in_files[1], limit=50)
+    other = other.model_copy(update={"limit": LIMIT})
+    _, rows = recipes.rows_of({path: [results[0], other, results[1]]}, recipes.stale)
+    assert [(row[1], row[3]) for row in rows] == [("digits", "2"), (digits_in_files[1], "1")]
+    assert rows[1][6] == f"{100 * other.natural_accuracy:.2f}"
+
+
+def test_a_limit_takes_all_classes_of_a_folder_that_is_sorted_by_them(digits_in_files):
+    everything = data.load(digits_in_files[0], "train")
+    assert bool((everything.labels.diff() >= 0).all())
+    some = recipes.Order(limit=20).data(digits_in_files[0], "train")
+    assert (len(some), set(some.labels.tolist())) == (20, set(range(10)))
+
+
+def test_test_images_of_other_channels_are_refused_before_anything_is_trained(tmp_path):
+    for split, colour in (("train", 4), ("test", (4, 5, 6))):
+        for label in range(10):
+            (tmp_path / split / str(label)).mkdir(parents=True)
+            for k in range(9):
+                Image.new("L" if split == "train" else "RGB", (8, 8), colour).save(
+                    tmp_path / split / str(label) / f"{k}.png"
+                )
+    write("a.yaml", data=f"folder:{tmp_path}")
+    assert "a sample of the test data" in refused("train", "a.yaml", "--limit", LIMIT)
+    assert not Path("results").exists()
+
+
+def test_source_weights_that_were_removed_are_made_again():
+    write("base.yaml")
+    write("fine.yaml", start="base.yaml")
+    run("base.yaml")
+    Path("results/base/seed-0/model.pt").unlink()
+    run("fine.yaml")
+    assert Path("results/base/seed-0/model.pt").is_file()
+
+
+@pytest.mark.parametrize(("asked", "held"), [(0, 0), (7, 7), (None, 9)])
+def test_a_tenth_is_held_out_unless_it_is_said_how_many(asked, held):
+    settings = [] if asked is None else ["--set", f"held_out={asked}"]
+    document = json.loads(
+        command("train", "sll", "--data", "digits", "--limit", LIMIT, "--set", "epochs=1", *settings, "--json").stdout
+    )
+    report = FinetuneReport.model_validate(document)
+    assert (report.train_samples, report.validation_samples) == (LIMIT - held, held)
 
 
 def test_a_damaged_result_is_to_be_removed():
