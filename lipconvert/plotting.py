@@ -149,6 +149,8 @@ def plot_training(report: FinetuneReport, path: str | Path) -> None:
         trained = [record for record in report.history if record.loss is not None]
         loss.plot([r.epoch for r in trained], [r.loss for r in trained], color=INK, marker=".", linewidth=1.2)
         loss.set_ylabel("loss")
+        # As many ticks whatever the height: labels that get wider with the layout would push this one off the figure.
+        loss.yaxis.set_major_locator(MaxNLocator(4))
         measured = [record for record in report.history if record.natural_accuracy is not None]
         epochs = [record.epoch for record in measured]
         lines = {"natural": [record.natural_accuracy or 0.0 for record in measured]}
