@@ -103,9 +103,9 @@ class Road:
 
     ``T`` (n, n), ``U`` (n, p), ``G`` (q, n), with frequencies first on a grid: sizes of the operators in them; ``counts``: k
     for which γ_k covers the sums of σ's argument (n,) and of the output (q,). ``blurs``: entrywise bounds of what the
-    operators that run are off those of `LBEN.running`. ``skipped``: ‖W − T‖. ``eta``: relative error of one transform.
-    ``tolerance`` of a loop, 0 without one. ``absolute``: of σ, in l2. ``pixels``: sums are over taps, pixel by pixel; T, U
-    and G then are Σ_taps |K|, the same at all frequencies.
+    operators that run are off those of the exact network (`Accuracy.dae`). ``skipped``: ‖W − T‖. ``eta``: relative error of
+    one transform. ``tolerance`` of a loop, 0 without one. ``absolute``: of σ, in l2. ``pixels``: sums are over taps, pixel by
+    pixel; T, U and G then are Σ_taps |K|, the same at all frequencies.
     """
 
     T: Tensor
@@ -265,7 +265,7 @@ class Accuracy:
         states, outputs = (kappa[0] + eta * (1.0 + kappa[0])) * SLACK, kappa[1]
         row = states.unsqueeze(-1)
         T, U, G = (
-            k * M + blur
+            k * (M + blur) + blur
             for k, M, blur in zip((row, row, outputs.unsqueeze(-1)), (road.T, road.U, road.G), road.blurs, strict=True)
         )
         growth = []
@@ -331,14 +331,18 @@ class Accuracy:
             sums = {k: self._sums_of(k, double) for k in self._stages}
             return self._walk(x, sums, unit_roundoff(x.dtype, x.device), torch.finfo(x.dtype).tiny, double)
 
-    def everywhere(self, roads: Mapping[int, Road]) -> tuple[Tensor, Tensor | None]:
-        """(error (2,), pair_error (m, 2)) at any input x, affine in ‖x‖, of the network run by other roads in its dtype.
+    def dae(self, k: int) -> DAE:
+        """The exact stage at step k: its W, U, G and biases in float64, which errors are measured from."""
+        return self._stages[k].dae
+
+    def everywhere(self, roads: Mapping[int, Road], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(error (2,), pair_error (m, 2)) at any input x, affine in ‖x‖, of the network run by other roads in a dtype.
 
         The bounds at 0 and around it. ``roads``: of every stage, by the number of its step. Where a road rounds less than
         lipconvert's own evaluation in float64 does, it counts as rounding as much: that is how the states at 0 are found.
         """
         self.require_unchanged()
-        u = unit_roundoff(self.net.dtype)
+        u, tiny = unit_roundoff(dtype), torch.finfo(dtype).tiny
         cpu = torch.device("cpu")
         sums = {}
         for k, road in roads.items():
@@ -351,10 +355,10 @@ class Accuracy:
                 tolerance=max(road.tolerance, loop),
                 skipped=max(road.skipped, 0.0 if loop else stage.map.remainder),
             )
-            sums[k] = self._rounding(stage, worst, u, cpu, torch.finfo(self.net.dtype).tiny)
+            sums[k] = self._rounding(stage, worst, u, cpu, tiny)
         with torch.no_grad():
             zero = torch.zeros(1, *self.net.input_shape, dtype=torch.float64)
-            found = self._walk(zero, sums, u, torch.finfo(self.net.dtype).tiny, double=True)
+            found = self._walk(zero, sums, u, tiny, double=True)
         return found.error[0], None if found.pair_error is None else found.pair_error[0]
 
     def _walk(self, x: Tensor, all_sums: Mapping[int, _Sums], u: float, tiny: float, double: bool) -> Evaluation:

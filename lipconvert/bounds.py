@@ -224,12 +224,7 @@ class Bounds:
 
     def _prove(self, stage: LBEN) -> Segment:
         dae = stage.running()
-        enclosure = Enclosure.of(dae)
-        if dae.grid:  # what runs and what the stored kernels mean exactly are both enclosed
-            radius_U, radius_G = (
-                dae.grid.matrices_error(K, M) for K, M in ((stage.U, enclosure.U), (stage.G, enclosure.G))
-            )
-            enclosure = replace(enclosure, radius_U=radius_U, radius_G=radius_G)
+        enclosure = Enclosure.of_stage(stage)
         proof = prove_constant(dae, enclosure)
         self.monotone.append([(P, prove_monotone(enclosure, P)) for P in metrics(dae)])
         mu = max(mu for _, mu in self.monotone[-1])

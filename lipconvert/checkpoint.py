@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import onnx.inliner
@@ -46,10 +46,14 @@ from .schema import (
     StageCertificate,
     StageEntry,
 )
-from .spectrum import Grid
 
 # Values of one sample between steps: more than any network here has.
 MOST_VALUES = 10**9
+
+# Shares by which claims are weaker than what was proved here: sums are added up in another order elsewhere, a search ends a
+# little sooner. Error bounds consist of norms that are found in steps (`lipconvert.rounding.norm_bound`). Whoever verifies
+# them compares exactly.
+OUTWARDS, OUTWARDS_ERRORS = 1e-6, 2e-2
 
 # Tensors of a stage beside its parameters, and of the whole network.
 DERIVED, PAIRS, ERRORS = ("W", "multiplier", "metric"), "pairs", "errors"
@@ -140,30 +144,37 @@ def _described(
         if not bool(torch.isfinite(value).all()):
             reason = "it holds NaN or infinity: training has diverged, usually. Go back to an earlier state"
             raise CheckpointError(path, f"tensor {name!r}", reason)
+    Ws: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+    for k, step in enumerate(net.steps):
+        if isinstance(step, LBEN):
+            step.refresh()
+            Ws[k] = stored_W(step)
+    exact = exact_network(net, Ws)
     entries: list[StageEntry | GlueEntry] = []
     plans: dict[int, Plan] = {}
-    for k, step in enumerate(net.steps):
+    for k, (step, proper) in enumerate(zip(net.steps, exact.steps, strict=True)):
         if not isinstance(step, LBEN):
             entries.append(_glue_entry(step, path))
             continue
-        step.refresh()
-        W, origin = stored_W(step)
-        tensors[f"steps.{k}.W"] = W
+        assert isinstance(proper, LBEN)
+        tensors[f"steps.{k}.W"], origin = Ws[k]
         graph = certificate = None
         if with_graph:
-            plans[k] = chosen = plan(step, f"stage_{k}", W, origin)
+            plans[k] = chosen = plan(step, f"stage_{k}", *Ws[k])
             graph = chosen.how
-        if prove and (proved := _proved(step, W, origin)) is not None:
+        if prove and (proved := _proved(proper)) is not None:
             certificate, tensors[f"steps.{k}.multiplier"], tensors[f"steps.{k}.metric"] = proved
         entries.append(_stage_entry(step, origin, graph, certificate))
     bound = None
     if certifier is not None:
+        if not _same_operators(net, exact):  # on images W is rounded once more where it is stored
+            certifier = Certifier(exact, certifier.method)
         found = certifier.bounds[-1]
         assert found.pairs is not None  # a certifier has logits
-        tensors[PAIRS] = found.pairs.clone()
-        bound = LogitBound(method=certifier.method, lipschitz=found.lipschitz)
+        tensors[PAIRS] = _outwards(found.pairs)
+        bound = LogitBound(method=certifier.method, lipschitz=_outwards(found.lipschitz))
         if with_radius:
-            tensors[ERRORS] = errors_of(certifier, plans)
+            tensors[ERRORS] = _outwards(errors_of(certifier, plans), OUTWARDS_ERRORS)
     manifest = Manifest(
         versions=writers(),
         input_shape=list(net.input_shape),
@@ -181,9 +192,11 @@ def _described(
 def errors_of(certifier: Certifier, plans: Mapping[int, Plan]) -> Tensor:
     """(2, q, q): y_i − y_j of the graph is off by at most errors[0] + errors[1]·‖x‖ at any x, and errors[1]·r more within r.
 
-    Raises `NoCertificateError` where there is no finite bound.
+    Off the exact network that the certifier is about. Raises `NoCertificateError` where there is no finite bound.
     """
-    error, pair_error = certifier.accuracy.everywhere({k: road(chosen) for k, chosen in plans.items()})
+    accuracy = certifier.accuracy
+    dtype = next(iter(plans.values())).stage.b_z.dtype if plans else certifier.net.dtype
+    error, pair_error = accuracy.everywhere({k: road(chosen, accuracy.dae(k)) for k, chosen in plans.items()}, dtype)
     pairs = certifier.bounds[-1].pairs
     assert pairs is not None
     errors = (2.0**0.5 * error).reshape(2, 1, 1).expand(2, *pairs.shape).clone()
@@ -223,26 +236,49 @@ def writers() -> dict[str, str]:
     return dict(_writers())
 
 
-def enclosed(W: Tensor, origin: Sequence[int], U: Tensor, G: Tensor, grid: Grid) -> Enclosure:
-    """The W, U and G of a file exactly; kernels are enclosed together with their spectra."""
-    K_W, K_U, K_G = full_kernels(W.double(), origin, grid), U.double(), G.double()
-    if not grid:
-        return Enclosure(K_W, K_U, K_G)
-    W, U, G = (grid.matrices(K) for K in (K_W, K_U, K_G))
-    radii = (grid.matrices_error(K, M) for K, M in ((K_W, W), (K_U, U), (K_G, G)))
-    return Enclosure(W, U, G, grid, *radii)
+def exact_network(net: Network, Ws: Mapping[int, tuple[Tensor, Sequence[int]]]) -> Network:
+    """The network of the floats in a file, in float64 on the CPU: each stage has the W that is stored, and runs in a graph.
+
+    ``Ws``: of each stage, by the number of its step, W and the offset of its first tap (`stored_W`).
+    """
+    exact = copy.deepcopy(net).to("cpu", torch.float64).eval().requires_grad_(False)
+    for k, (W, origin) in Ws.items():
+        step = exact.steps[k]
+        assert isinstance(step, LBEN)
+        exact.steps[k] = step.with_W(full_kernels(W, origin, step.grid))
+    return exact
 
 
-def _proved(stage: LBEN, W: Tensor, origin: tuple[int, int]) -> tuple[StageCertificate, Tensor, Tensor] | None:
-    """(certificate, multiplier, metric) for the floats that are stored; None where (10) or (3) has no proof."""
-    dae = stage.running()
-    E = enclosed(W, origin, stage.U.detach().cpu(), stage.G.detach().cpu(), stage.grid)
+def _same_operators(net: Network, exact: Network) -> bool:
+    """Whether all stages run the very same W, U and G."""
+    both = zip((stage.running() for stage in net.stages), (stage.running() for stage in exact.stages), strict=True)
+    return all(
+        torch.equal(a.cpu(), b) for mine, its in both for a, b in zip(tuple(mine)[:3], tuple(its)[:3], strict=True)
+    )
+
+
+Bound = TypeVar("Bound", float, Tensor)
+
+
+def _outwards(proved: Bound, slack: float = OUTWARDS) -> Bound:
+    """Upper bounds a little above what was proved, which are what is claimed."""
+    return proved * (1.0 + slack)
+
+
+def _proved(stage: LBEN) -> tuple[StageCertificate, Tensor, Tensor] | None:
+    """(certificate, multiplier, metric) for a stage of `exact_network`; None where (10) or (3) has no proof."""
+    dae, E = stage.running(), Enclosure.of_stage(stage)
     proof = prove_constant(dae, E)
     if not isinstance(proof, Proof):
         return None
     for metric in reversed(metrics(dae)):  # Perron's, where there is one, has the most margin
         if (mu := prove_monotone(E, metric)) > 0.0:
-            certificate = StageCertificate(lipschitz=proof.lipschitz, delta=proof.delta, mu=mu, rounding=proof.rounding)
+            certificate = StageCertificate(
+                lipschitz=proof.lipschitz,
+                delta=proof.delta,
+                mu=mu * (1.0 - OUTWARDS),
+                rounding=_outwards(proof.rounding),
+            )
             return certificate, proof.Lambda.contiguous(), metric.clone()
     return None
 

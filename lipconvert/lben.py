@@ -9,6 +9,7 @@ values (FORMULAS 0.6). So L survives every optimiser step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ class LBEN(nn.Module):
             setattr(self, key, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._inference: _Assembled | None = None
         self._held: tuple[Tensor, Tensor, Tensor] | None = None
+        self._given: Tensor | None = None
         if fill:
             self.reset_parameters()
 
@@ -207,6 +209,8 @@ class LBEN(nn.Module):
         """(W, U, G) as matrices, for each frequency with an image; differentiable."""
         if self._held is not None:
             return self._held
+        if self._given is not None:
+            return self.grid.matrices(self._given), self.grid.matrices(self.U), self.grid.matrices(self.G)
         G, U, V, S = (self.grid.matrices(p) for p in (self.G, self.U, self.V, self.S))
         return assemble(self.Psi, G, U, V, S, self.epsilon, self.lipschitz), U, G
 
@@ -219,12 +223,33 @@ class LBEN(nn.Module):
         finally:
             self._held = None
 
+    def with_W(self, W: Tensor) -> LBEN:
+        """A frozen copy in float64 on the CPU whose W is given instead of rebuilt: z = σ(Wz + Ux + b_z), y = Gz + b_y.
+
+        ``W``: (n, n), or with an image real kernels (n, n, h, w). Its other floats are those of the original to the last bit;
+        V and S have no part in it. For what holds a W of its own, such as a file.
+        """
+        if W.shape != self.S.shape:
+            raise ShapeError(f"W of {self.name!r}", tuple(self.S.shape), tuple(W.shape))
+        stage = copy.deepcopy(self).to("cpu", torch.float64).requires_grad_(False)
+        stage._given = W.detach().to("cpu", torch.float64)
+        return stage
+
+    @property
+    def given(self) -> Tensor | None:
+        """The W of `with_W`, as it was given; None where W is rebuilt from the parameters."""
+        return self._given
+
     def dae(self) -> DAE:
-        """The network as a DAE (float64, detached): W rebuilt in float64, Λ = Ψ⁻¹, V with V′V + εI = H/2 left out."""
+        """The network as a DAE (float64, detached): W rebuilt in float64 (or the one given), Λ = Ψ⁻¹, without V."""
         with torch.no_grad():
             Psi = self.log_psi.double().exp()
             G, U, V, S = (self.grid.matrices(p.double()) for p in (self.G, self.U, self.V, self.S))
-            return self._with(assemble(Psi, G, U, V, S, self.epsilon, self.lipschitz), U, G, Psi.reciprocal())
+            if self._given is None:
+                W = assemble(Psi, G, U, V, S, self.epsilon, self.lipschitz)
+            else:
+                W = self.grid.matrices(self._given)
+            return self._with(W, U, G, Psi.reciprocal())
 
     def running(self) -> DAE:
         """The floats in use, widened to float64 without rounding: W, U and G as assembled in the module's own precision.

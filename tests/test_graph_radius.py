@@ -241,7 +241,7 @@ def test_a_road_of_convolutions_counts_its_taps():
     stage = net.stages[0]
     chosen = plan(stage, "s", *stored_W(stage))
     assert chosen.how.method == "convolutions"
-    found = road(chosen)
+    found = road(chosen, stage.running())
     assert found.pixels
     taps = (chosen.W != 0).flatten(2).sum((1, 2)) + (stage.U != 0).flatten(2).sum((1, 2))
     assert bool((found.counts[0] >= taps).all())
@@ -288,7 +288,7 @@ def test_weights_that_are_no_numbers_are_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.999])
+@pytest.mark.parametrize("factor", [0.5, 0.97])
 def test_smaller_errors_or_pairs_are_found_out(tmp_path, factor):
     net = network("aol, dense").float()
     lc.save(net, tmp_path / "net.onnx", outputs=OUTPUTS)
