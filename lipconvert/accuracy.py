@@ -29,7 +29,7 @@ from .bounds import Bounds
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import InvalidParameterError, NoCertificateError
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .glue import FirstFeatures, Normalize, PadChannels, core_lipschitz
 from .lben import LBEN
 from .proofs import Enclosure, prove_gains
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
@@ -181,6 +181,12 @@ class Accuracy:
         for k, (step, stage) in enumerate(zip(net.steps, bounds.stages, strict=True)):
             if isinstance(step, LBEN) and stage.proved is not None:
                 self._constants[k] = stage.proved
+            if not isinstance(step, LBEN) and core_lipschitz(step) is None and net.glue_rounding[k] is None:
+                raise NoCertificateError(
+                    f"step {k}, {type(step).__name__}",
+                    "what rounding does in it is not known, as it is a plugin's glue: x -> (x + 4096) - 4096 has constant 1 "
+                    "and loses digits that a margin may need. A plugin says it with the hook glue_rounding",
+                )
             if not 1e-20 < self._constants[k] < 1e20:
                 reason = f"its constant is {self._constants[k]:g}: what overflows or vanishes on the way is not bounded"
                 raise NoCertificateError(stage.name, f"{reason}. Usual cause: a std of Normalize far from 1")
@@ -386,7 +392,7 @@ class Accuracy:
             else:
                 step = copy.deepcopy(step).cpu().double() if double else step
                 y = step(x)
-                local = self._glue(step, L, x, largest, u, tiny)
+                local = self._glue(step, L, net.glue_rounding[k], x, largest, u, tiny)
                 if pairs is not None:
                     behind = math.prod(self._constants[k + 1 :])
                     pairs = pairs + 2.0**0.5 * behind * local.unsqueeze(1)
@@ -473,11 +479,24 @@ class Accuracy:
             return terms @ both.mT * SLACK
         return torch.einsum("bqf,f,mfq->bm", terms, grid.weights(terms), both) * SLACK
 
-    def _glue(self, step: nn.Module, L: float, x: Tensor, largest: Tensor, u: float, tiny: float) -> Tensor:
-        """The rounding of glue, (B, 2); ``tiny``: the smallest normal number, below which digits are lost."""
+    def _glue(
+        self,
+        step: nn.Module,
+        L: float,
+        given: tuple[float, float] | None,
+        x: Tensor,
+        largest: Tensor,
+        u: float,
+        tiny: float,
+    ) -> Tensor:
+        """The rounding of glue, (B, 2). ``given``: (a, b) of a plugin's glue, u(a + b‖x‖). ``tiny``: the smallest normal
+        number, below which digits are lost."""
         if type(step) in EXACT:
             return torch.zeros_like(largest)
         numel = math.prod(x.shape[1:])
+        if given is not None:
+            a, b = given
+            return _plus(u * b * largest * SLACK, u * a * SLACK + numel**0.5 * tiny)
         jump = 0.0
         if isinstance(step, Normalize):
             count, constant = 4, float(step.mean.double().abs().max()) * numel**0.5
@@ -488,10 +507,7 @@ class Accuracy:
             if isinstance(step, nn.Softplus):  # torch's jumps where it becomes linear
                 jump = math.exp(-step.threshold) / step.beta * numel**0.5 * SLACK
         else:
-            # windows, or a third party's own: sums of no more terms than there are entries
-            count = 8 + (_window(step) if type(step) in (MeanPool, nn.AvgPool2d) else numel)
-            zero = step(x.new_zeros(1, *x.shape[1:]))
-            constant = float(_norm(zero)) / L
+            count, constant = 8 + _window(step), 0.0
         rounded = gamma(count, u) * L * _plus(largest, constant) * SLACK
         return _plus(rounded, jump + count * numel**0.5 * tiny)
 

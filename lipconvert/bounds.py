@@ -441,7 +441,8 @@ def extremes(pairs: Tensor) -> tuple[float, float]:
 def _state(net: Network) -> dict[str, Any]:
     """All that the network's outputs and constants depend on, but for how equilibria are solved."""
     tensors = {name: v.detach() if isinstance(v, Tensor) else v for name, v in net.state_dict().items()}
-    return {**tensors, "glue_lipschitz": net.glue_lipschitz, "modules": repr(net)}
+    given = {"glue_lipschitz": net.glue_lipschitz, "glue_rounding": net.glue_rounding}
+    return {**tensors, **given, "modules": repr(net)}
 
 
 def metrics(dae: DAE) -> list[Tensor]:

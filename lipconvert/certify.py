@@ -214,7 +214,7 @@ def certify(
         return result
 
     key = {
-        "network": fingerprint(net, glue=list(net.glue_lipschitz)),
+        "network": fingerprint(net, glue=[*net.glue_lipschitz, *net.glue_rounding]),
         "dtype": str(net.dtype),
         "solver": [repr(stage.options) for stage in net.stages],
         "method": method,

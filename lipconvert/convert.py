@@ -103,10 +103,12 @@ def convert(
     daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
     modules: list[nn.Module] = []
     constants: list[float | None] = []
+    roundings: list[tuple[float, float] | None] = []
     for members, dae in zip(groups, daes, strict=True):
         modules.append(members[0].module if dae is None else LBEN.from_dae(dae, epsilon, delta, options))
         constants.append(members[0].lipschitz if dae is None else None)
-    network = Network(modules, constants, groups[0][0].input_shape).eval()
+        roundings.append(members[0].rounding if dae is None else None)
+    network = Network(modules, constants, groups[0][0].input_shape, roundings).eval()
     network.provenance = _provenance(model, {step.plugin for members in groups for step in members})
     if check:
         compare(model, network, groups, daes, delta=delta)

@@ -20,19 +20,28 @@ class Network(nn.Module):
 
     ``steps``: all modules; ``stages``: the LBEN among them; ``lipschitz``: the product of all their constants, L of the
     network from input to output; ``input_shape`` of one sample. ``glue_lipschitz``: for each step None, or the constant of
-    glue the core does not know; that of its own glue is read off the module whenever it is asked for. Glue is frozen.
+    glue the core does not know; that of its own glue is read off the module whenever it is asked for. ``glue_rounding``: for
+    each step None, or (a, b) of glue the core does not know: evaluated with unit roundoff u it errs by at most u(a + b‖x‖₂);
+    without it nothing is certified. Glue is frozen.
     ``class_names``, ``provenance`` (set by `convert`) and ``training_summary`` go into checkpoints with it.
     Raises `ShapeError` for inputs that do not fit, `NotConvergedError` from the stages.
     """
 
     def __init__(
-        self, steps: Sequence[nn.Module], glue_lipschitz: Sequence[float | None], input_shape: Sequence[int]
+        self,
+        steps: Sequence[nn.Module],
+        glue_lipschitz: Sequence[float | None],
+        input_shape: Sequence[int],
+        glue_rounding: Sequence[tuple[float, float] | None] | None = None,
     ) -> None:
         super().__init__()
-        if len(steps) != len(glue_lipschitz):
-            raise ShapeError("glue_lipschitz", f"{len(steps)} entries", f"{len(glue_lipschitz)} entries")
+        glue_rounding = [None] * len(steps) if glue_rounding is None else glue_rounding
+        for name, given in (("glue_lipschitz", glue_lipschitz), ("glue_rounding", glue_rounding)):
+            if len(steps) != len(given):
+                raise ShapeError(name, f"{len(steps)} entries", f"{len(given)} entries")
         self.steps = nn.ModuleList(steps)
         self.glue_lipschitz = tuple(None if g is None else float(g) for g in glue_lipschitz)
+        self.glue_rounding = tuple(None if g is None else (float(g[0]), float(g[1])) for g in glue_rounding)
         self.input_shape = tuple(int(size) for size in input_shape)
         self.class_names: tuple[str, ...] = ()
         self.provenance: Provenance | None = None

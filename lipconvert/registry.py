@@ -6,6 +6,7 @@ to load is reported by name and takes no other down. Two claims on one model are
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -192,6 +193,25 @@ class Registry:
         """The Lipschitz bound of a module a plugin keeps as it is, None if no plugin knows it."""
         claim = self._claim("glue_lipschitz", plugin, path, module=module)
         return None if claim is None else float(claim[1])
+
+    def glue_rounding(
+        self, module: nn.Module, input_shape: tuple[int, ...], plugin: str | None = None, path: str = ""
+    ) -> tuple[float, float] | None:
+        """(a, b) of a module a plugin keeps as it is: it errs by at most u(a + b‖x‖₂); None if no plugin says so.
+
+        Raises `PluginError` for an answer that is not two finite numbers, neither below 0.
+        """
+        claim = self._claim("glue_rounding", plugin, path, module=module, input_shape=input_shape)
+        if claim is None:
+            return None
+        name, answer = claim
+        try:
+            a, b = map(float, answer)
+        except (TypeError, ValueError, OverflowError):
+            a = b = math.nan
+        if not (0.0 <= a < math.inf and 0.0 <= b < math.inf):
+            raise PluginError(name, f"glue_rounding must return (a, b), finite and not negative, not {answer!r}")
+        return a, b
 
     def from_state_dict(
         self, state_dict: Mapping[str, Tensor], options: Mapping[str, Any], plugin: str | None = None, path: str = ""

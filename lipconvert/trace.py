@@ -56,6 +56,7 @@ class Step:
     dae: DAE | None
     plugin: str
     lipschitz: float
+    rounding: tuple[float, float] | None = None  # of glue that a plugin knows (`lipconvert.hookspecs.glue_rounding`)
 
 
 def trace(
@@ -137,10 +138,15 @@ class _Walker:
             yield from self._layer(module, path, self._convolution(module, path), CORE)
         else:
             known = core_lipschitz(module)
-            known = registry().glue_lipschitz(module, self.plugin, path) if known is None else known
+            if known is not None:
+                yield self._glue(module, path, known)
+                return
+            known = registry().glue_lipschitz(module, self.plugin, path)
             if known is None:
                 raise UnsupportedModuleError(path, type(module).__name__, self._why(module))
-            yield self._glue(module, path, known)
+            step = self._glue(module, path, known)
+            rounding = registry().glue_rounding(module, step.input_shape, self.plugin, path)
+            yield replace(step, rounding=rounding)
 
     def _known(self, path: str, module: nn.Module) -> tuple[int, ...]:
         if self.shape is None:
