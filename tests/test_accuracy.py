@@ -368,7 +368,7 @@ class Rough(nn.Module):
 def test_glue_behind_the_last_stage_that_rounds_as_badly_as_it_may():
     n = 200
     stage = lc.LBEN.from_dae(lc.DAE(torch.zeros(n, n), torch.eye(n), torch.eye(n), torch.ones(n)))
-    net, x = lc.Network([stage, Rough()], [None, 1.0], (n,)), torch.rand(3, n)
+    net, x = lc.Network([stage, Rough()], [None, 1.0], (n,), [None, (0.0, float(n))]), torch.rand(3, n)
     x[:, 2:] *= 1e-3
     found = accuracy_of(net).evaluate(x)
     off = found.value - x
@@ -518,7 +518,8 @@ def test_an_error_grows_by_the_constant_of_what_follows():
     alone = accuracy_of(lc.Network([stage], [None], (4,))).evaluate(x)
     assert float(alone.error.min()) > 0.0
     for follower, given in ((thousand, None), (lc.Normalize(0.0, 1e-3), None), (Foreign(), 1000.0)):
-        found = accuracy_of(lc.Network([stage, follower], [None, given], (4,))).evaluate(x)
+        rounding = None if given is None else (0.0, 0.0)
+        found = accuracy_of(lc.Network([stage, follower], [None, given], (4,), [None, rounding])).evaluate(x)
         # proved at L(1 + 1e-6) where L itself has no proof
         np.testing.assert_allclose(found.error.numpy(), 1000.0 * alone.error.numpy(), rtol=2e-6)
     # of a pair, through the last stage's constant and √2
@@ -532,11 +533,13 @@ def test_the_bound_of_a_chain_of_stages_and_glue_holds():
     glue = nn.Linear(5, 5)
     with torch.no_grad():
         glue.weight *= 3.0 / torch.linalg.matrix_norm(glue.weight, 2)
+        rounding = 7.0 * float(glue.bias.norm()), 7.0 * float(torch.linalg.matrix_norm(glue.weight.abs(), 2))
     for seed in range(6):
         torch.manual_seed(seed)
         first = lc.LBEN(4, 7, 5, lipschitz=1.5, epsilon=0.3)
         second = lc.LBEN(5, 6, 3, lipschitz=0.7, epsilon=0.2, activation="tanh")
-        net = lc.Network([first, glue, lc.Normalize(0.3, 0.5), second], [None, 3.0, None, None], (4,))
+        steps = [first, glue, lc.Normalize(0.3, 0.5), second]
+        net = lc.Network(steps, [None, 3.0, None, None], (4,), [None, rounding, None, None])
         x = 3.0 * torch.randn(12, 4)
         points, row, r = around(net, x, (0.5, 2.0))
         truth, accuracy = exact(net, points), accuracy_of(net)
@@ -690,7 +693,7 @@ class Doubled(nn.Identity):
 
 
 def test_a_subclass_of_exact_glue_may_round():
-    net = lc.Network([lc.LBEN(3, 4, 3), Doubled()], [None, 1.0], (3,))
+    net = lc.Network([lc.LBEN(3, 4, 3), Doubled()], [None, 1.0], (3,), [None, (0.0, 0.5)])
     alone = accuracy_of(lc.Network([net.steps[0]], [None], (3,))).evaluate(torch.ones(1, 3))
     assert float(accuracy_of(net).evaluate(torch.ones(1, 3)).error[0, 0]) > float(alone.error[0, 0]) * (1 + 1e-6)
 
