@@ -16,11 +16,12 @@ from .equilibrium import DEFAULT, SolverOptions
 from .errors import InvalidParameterError
 from .glue import affine_image
 from .lben import LBEN
+from .memory import require_memory, size_of, sizes_of
 from .network import Network
 from .registry import plugins
 from .schema import PluginSource, Provenance
 from .shards import fingerprint
-from .trace import Step, glue_dae, group, label, stage_dae, trace, unshuffling
+from .trace import Step, glue_dae, group, label, sizes, stage_dae, trace, unshuffling
 from .validate import compare
 
 
@@ -35,6 +36,7 @@ def to_dae(
     from the start. Layers with strides: a DAE on a grid takes unshuffled images, a dense one flattened images as they are.
     Raises what `trace` raises, `ShapeError` where the dense form is too large.
     """
+    _require_memory(model, input_shape, plugin, dense)
     result: DAE | None = None
     unshuffled: list[nn.Module] = []  # what the model's input goes through before it is the DAE's
     steps = trace(model, input_shape, plugin, dense)
@@ -50,6 +52,20 @@ def to_dae(
         result = dae if result is None else eliminate(compose(result, dae))
     assert result is not None
     return result.derive(name=type(model).__name__)
+
+
+def _require_memory(
+    model: nn.Module, input_shape: Iterable[int] | None, plugin: str | None, dense: bool, check: bool = False
+) -> None:
+    """Refuse what is too large before anything of it is made, as far as shapes are known."""
+    shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
+    if isinstance(model, nn.Module) and shape is not None:
+        require_memory(sizes_of(model, sizes(shape), plugin, dense), check)
+
+
+def _name(members: Sequence[Step]) -> str:
+    first, last = (label(step.path, step.module) for step in (members[0], members[-1]))
+    return first if len(members) == 1 else f"{first} to {last}"
 
 
 def _in_order(dae: DAE, unshuffled: Sequence[nn.Module], shape: tuple[int, ...]) -> DAE:
@@ -99,7 +115,10 @@ def convert(
     """
     if not epsilon >= 0.0:
         raise InvalidParameterError("epsilon", epsilon, "it must be finite and not negative")
+    _require_memory(model, input_shape, plugin, dense, check)
     groups = group(trace(model, input_shape, plugin, dense), merge)
+    stages = [(members, [s.dae for s in members if s.dae is not None]) for members in groups]
+    require_memory([size_of(parts, _name(members)) for members, parts in stages if parts], check)
     daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
     modules: list[nn.Module] = []
     constants: list[float | None] = []

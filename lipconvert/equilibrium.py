@@ -22,7 +22,7 @@ from .activations import Activations
 from .dae import DAE
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .solvers import Elementwise, ForwardBackward, Iteration, Newton, PeacemanRachford, Sweep, forward_substitution
-from .spectrum import Grid, require_finite
+from .spectrum import Grid, autocasts, require_finite
 from .state_map import StateMap
 
 METHODS = ("auto", "forward_substitution", "sweep", "peaceman_rachford", "forward_backward", "newton")
@@ -122,7 +122,7 @@ def full_precision(forward: Callable[[M, Tensor], Tensor]) -> Callable[[M, Tenso
 
     @functools.wraps(forward)
     def wrapped(self: M, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x.device):
             return forward(self, x)
         with torch.autocast(x.device.type, enabled=False):
             return forward(self, x.to(next(self.parameters()).dtype))

@@ -36,6 +36,25 @@ class ShapeError(LipconvertError):
         super().__init__(f"{where} has shape {actual}, expected {expected}." + (f" {hint}" if hint else ""))
 
 
+class InsufficientMemoryError(LipconvertError):
+    """A conversion cannot fit into memory.
+
+    Attributes: ``where`` names the layers that become one stage, ``states`` n, ``image`` (h, w) or (); ``needed`` and
+    ``available`` are bytes.
+    """
+
+    def __init__(self, where: str, states: int, image: tuple[int, ...], needed: float, available: int) -> None:
+        self.where, self.states, self.image = where, states, image
+        self.needed, self.available = needed, available
+        on = f" on {image[0]}x{image[1]} pixels" if image else ""
+        super().__init__(
+            f"the conversion of {where!r} does not fit: it becomes one stage of at least {states} states{on}, whose matrices "
+            f"need {needed / 2**30:.1f} GiB at a time; {available / 2**30:.1f} GiB are free. Its layers can be kept in "
+            "smaller stages by nn.Identity() between them, of which the function and the constant stay the same; fewer "
+            "pixels, fewer features or a machine with more memory help as well."
+        )
+
+
 class NotFiniteError(LipconvertError):
     """A tensor holds NaN or infinity.
 

@@ -194,6 +194,13 @@ class Registry:
         claim = self._claim("glue_lipschitz", plugin, path, module=module)
         return None if claim is None else float(claim[1])
 
+    def nonlinear_states(
+        self, model: nn.Module, input_shape: tuple[int, ...], plugin: str | None = None, path: str = ""
+    ) -> int | None:
+        """The states with another σ than the identity that a plugin's layer or model has, None if no plugin says so."""
+        claim = self._claim("nonlinear_states", plugin, path, model=model, input_shape=input_shape)
+        return None if claim is None else int(claim[1])
+
     def glue_rounding(
         self, module: nn.Module, input_shape: tuple[int, ...], plugin: str | None = None, path: str = ""
     ) -> tuple[float, float] | None:

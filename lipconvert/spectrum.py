@@ -267,13 +267,18 @@ def conv2d_same(
     # torch's compiler and tracer take no function with derivatives of its own.
     taken_apart = torch.compiler.is_compiling() or is_tracing()
     if padding_mode == "circular" and stride == 1 and not taken_apart:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if autocasts(x.device) and x.dtype != torch.float64:
             # As it would cast a convolution; the backward pass runs outside of it, where x, weight and y must have one dtype.
             x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
         y = _Circular.apply(x, weight, p, r)
         return y if bias is None else y + bias[:, None, None].to(y)
     mode = "constant" if padding_mode == "zeros" else padding_mode
     return functional.conv2d(functional.pad(x, _around(weight, (p, r)), mode=mode), weight, bias, stride)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; there are some, as torch's meta device, that have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _around(weight: Tensor, origin: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -78,18 +78,19 @@ def trace(
         if tensor.is_floating_point() or tensor.is_complex():
             require_finite(tensor, f"parameter {name!r}")
     shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
-    walker = _Walker(None if shape is None else _sizes(shape), plugin, dense)
+    walker = _Walker(None if shape is None else sizes(shape), plugin, dense)
     steps = _without_detours(list(walker.walk(model, "")))
     if not steps:
         raise UnsupportedModuleError("", type(model).__name__, "there is nothing in it.")
     return steps
 
 
-def _sizes(shape: Iterable[int] | int) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+def sizes(shape: Iterable[int] | int) -> tuple[int, ...]:
+    """The shape of one sample as a tuple. Raises `ShapeError` for what is none."""
+    found = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not all(isinstance(size, int) and size > 0 for size in found):
         raise ShapeError("input_shape", "positive sizes of one sample, such as (1, 28, 28)", shape)
-    return sizes
+    return found
 
 
 class _Walker:

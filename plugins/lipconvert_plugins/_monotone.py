@@ -214,6 +214,11 @@ class MonotoneDEQConv2d(Monotone):
         return matrices / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
+def monotone_states(model: Monotone) -> int:
+    """The states of `monotone_dae`, 0 where σ is the identity."""
+    return 0 if isinstance(model.activation, nn.Identity) else len(model.A.weight)
+
+
 def monotone_dae(model: Monotone, input_shape: tuple[int, ...] | None = None) -> DAE:
     """The model as a DAE: Λ = λΦ⁻¹, λ = n_G/n_U, L = n_U n_G/m, and the rows                           (FORMULAS 1.4)
 
