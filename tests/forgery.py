@@ -148,7 +148,9 @@ class Files:
         words += b" " * (-len(words) % 64)
         path.write_bytes(struct.pack("<Q", len(words)) + words + body)
         first = 8 + len(words)
-        return {name: (first + entry[0], first + entry[1]) for name in order for entry in [header[name]["data_offsets"]]}
+        return {
+            name: (first + entry[0], first + entry[1]) for name in order for entry in [header[name]["data_offsets"]]
+        }
 
 
 def initializers(model: onnx.ModelProto) -> list[TensorProto]:
@@ -205,7 +207,9 @@ class Stage:
         W, U, G, V, S = (circulant(M) for M in (W, t["U"], t["G"], t["V"], t["S"]))
         L, epsilon, eye = entry["lipschitz"], entry["epsilon"], np.eye(len(W))
         Psi = np.repeat(np.exp(t["log_psi"]), pixels)[:, None]
-        rebuilt = eye - Psi * (G.T @ G / (2 * L) + (U / Psi) @ (U / Psi).T / (2 * L) + V.T @ V + S - S.T + epsilon * eye)
+        rebuilt = eye - Psi * (
+            G.T @ G / (2 * L) + (U / Psi) @ (U / Psi).T / (2 * L) + V.T @ V + S - S.T + epsilon * eye
+        )
         relu = np.repeat([name == "relu" for name, size in entry["activations"] for _ in range(size)], pixels)
         assert {name for name, _ in entry["activations"]} <= {"relu", "identity"}
         b_z, b_y = (np.repeat(t[name], pixels) for name in ("b_z", "b_y"))
@@ -362,7 +366,7 @@ def _claims(files: Files, honest: Honest, truth: Truth) -> list[str]:
             root = np.sqrt(np.outer(Lambda, Lambda))
             if not np.linalg.eigvalsh(H / root)[0] > -1e-13:
                 found.append(f"stage {k}: condition (10) does not hold at L = {L:.9g}")
-            if not L <= entry["lipschitz"] * (1.0 + certificate["delta"]) * (1.0 + 1e-15):
+            if not entry["lipschitz"] * (1.0 + certificate["delta"]) * (1.0 + 1e-15) >= L:
                 found.append(f"stage {k}: L is not the prescribed one times 1 + delta")
             PW = P[:, None] * stage.W
             X = (2 * np.diag(P) - PW - PW.T) / np.sqrt(np.outer(P, P))
@@ -454,10 +458,12 @@ def _answers(runner: onnxruntime.InferenceSession, files: Files, honest: Honest,
     radius, label = first["radius"], first["logits"].argmax(1)
     known = radius > 0.0
     x, radius, label = x[known], radius[known], label[known]
-    broken = 0
+    broken = silent = 0
     for rival in range(first["logits"].shape[1]):
         here, goal = x[label != rival], label[label != rival]
         r = radius[label != rival]
+        if not len(here):
+            continue
         g = np.zeros((len(here), first["logits"].shape[1]))
         g[np.arange(len(here)), goal], g[:, rival] = -1.0, 1.0
         at = here
@@ -467,7 +473,12 @@ def _answers(runner: onnxruntime.InferenceSession, files: Files, honest: Honest,
             reach = (r * (1.0 - 1e-8))[:, None] * direction
             at = (here.astype(np.float64) + reach.reshape(here.shape)).astype(dtype)
             inside = np.linalg.norm(flattened(at) - flattened(here), axis=1) < r
-            broken += int((inside & (run(at)["logits"].argmax(1) != goal)).sum())
+            y = run(at)["logits"]
+            none = np.isnan(y).any(1)
+            silent += int((inside & none).sum())
+            broken += int((inside & ~none & (y.argmax(1) != goal)).sum())
     if broken:
         found.append(f"{broken} points within a stated radius have another class")
+    if silent:
+        found.append(f"{silent} points within a stated radius have no answer")
     return found

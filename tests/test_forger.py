@@ -7,8 +7,8 @@ that what is added to a checkpoint is forged too.
 """
 
 import functools
-
-
+import itertools
+import re
 import tempfile
 import typing
 import zlib
@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from forgery import DATA, FORMS, GRAPH, Files, Honest, Truth, initializers, lost, session
+from forgery import DATA, FORMS, GRAPH, Files, Honest, Truth, lost
 from lipconvert_plugins.mondeq import MonDEQ
 from lipconvert_plugins.sll import SLLConv2d, SLLLinear
 from onnx import AttributeProto, StringStringEntryProto, TensorProto, helper
@@ -59,7 +59,10 @@ def triangular() -> lc.Network:
         nn.init.orthogonal_(layer.weight)
         nn.init.constant_(layer.bias, bias)
     first, second = layers
-    model = nn.Sequential(lc.Normalize([0.5] * 4, [0.5] * 4), first, nn.ReLU(), second, nn.ReLU(), nn.Linear(4, 3))
+    last = nn.Linear(4, 3)
+    model = nn.Sequential(lc.Normalize([0.5] * 4, [0.5] * 4), first, nn.ReLU(), second, nn.ReLU(), last)
+    with torch.no_grad():  # margins, and radii with them, are small: states stay active within
+        last.bias.copy_(last.bias - model(torch.full((1, 4), 0.5))[0] + torch.tensor([0.1, 0.0, -0.1]))
     return lc.convert(model, (4,), check=False)
 
 
@@ -95,7 +98,7 @@ def hidden(image: tuple[int, ...] = ()) -> lc.Network:
 
     W = torch.zeros(n, n, *image)
     W[:visible, visible:], W[visible:, :visible] = kernels(visible, n - visible), kernels(n - visible, visible)
-    b_z = torch.tensor([0.5] * visible + [-40.0] * (n - visible))
+    b_z = torch.tensor([0.5] * visible + [-8.0] * (n - visible))
     W, U, G = (grid.matrices(K) for K in (W, 2.0 * kernels(n, 2), 2.0 * kernels(3, n)))
     b_y = torch.zeros(3)
     dae = lc.DAE(W, U, G, torch.ones(n), b_z, b_y, Activations(activation_of("relu"), n), 2.0, name="hidden", grid=grid)
@@ -183,7 +186,7 @@ def in_both(what: str, name: str) -> Iterator[Key]:
         yield name, dtype, True, FORMS[zlib.crc32(f"{name} {what} {dtype}".encode()) % 2]
 
 
-class Unwritable(Exception):
+class UnwritableError(Exception):
     """There is no graph of what a manifest says: nobody can write it."""
 
 
@@ -193,7 +196,7 @@ def rewritten(files: Files) -> None:
     try:
         manifest = Manifest.model_validate({**files.manifest, "tensors": []})
     except ValueError as error:
-        raise Unwritable from error
+        raise UnwritableError from error
     tensors = {name: torch.from_numpy(M.copy()) for name, M in files.tensors.items()}
     outputs = [value.name for value in files.model.graph.output][1:]
     plans = {}
@@ -207,7 +210,7 @@ def rewritten(files: Files) -> None:
                 plans[k] = Plan(entry.graph, net.steps[k], tensors[f"steps.{k}.W"], origin)
         files.model = checkpoint.graph_of(net, plans, checkpoint.embedded(tensors), outputs, manifest)
     except (lc.LipconvertError, ValueError, KeyError, IndexError) as error:
-        raise Unwritable from error
+        raise UnwritableError from error
 
 
 def coordinated(forge: Forge) -> Forge:
@@ -280,8 +283,8 @@ def fields(annotation: Any, value: Any, path: Path_) -> Iterator[tuple[Path_, st
 
 
 LESS_AND_MORE = {  # of 0 as much is added as is multiplied
-    "a millionth less": 1.0 - 1e-6,
-    "a millionth more": 1.0 + 1e-6,
+    "a millionth less": 1.0 - 0.9e-6,
+    "a millionth more": 1.0 + 0.9e-6,
     "a tenth": 0.1,
     "ten times": 10.0,
 }
@@ -313,8 +316,8 @@ def value_at(manifest: dict[str, Any], path: Path_) -> Any:
     return manifest
 
 
-# Changes of a number that may be in the forger's favour; others are tried on some networks only.
-BETTER = ("a millionth less", "a millionth more", "a tenth", "ten times", "0", "one less")
+# Changes of a number that are in the forger's favour for most claims: they are tried in float32 and in float64.
+LESS = ("a millionth less", "a tenth", "0")
 CLAIMS = ("certificate", "graph", "bound")
 WRITTEN = ("name", "blocks", "activations", "origin", "lipschitz", "epsilon")
 FOUR = ("triangular", "tuned", "equilibrium", "images")
@@ -333,13 +336,13 @@ def manifest_cases() -> Iterator[Case]:
             change = at(path, value)
             if claim and value is not MISSING and words not in ("more", "unknown"):
                 found = [*in_both(what, name)]
-                for key in found if words in BETTER or number % 2 == 0 else found[:1]:
+                for key in found if words in LESS else found[count % 2 :][:1]:
                     if words in LESS_AND_MORE or value_at(honest(*key).files.manifest, path) != value:
                         yield Case(what, key, relative(path, words, value))
-                if "graph" in path:
+                if "graph" in path and (count % 2 or name in ("tuned", "equilibrium")):
                     plain = (name, keys(what, name)[1], False, "pair")
                     yield Case(f"{what}, and the graph", plain, coordinated(relative(path, words, value)))
-            elif (count + number) % (4 if words != "unknown" else 2) == 0 or len(path) == 1:
+            elif (count + number) % (3 if len(path) > 1 else 2) == 0:
                 graph, radius = "graph" in path, True if "bound" in path else None
                 yield Case(what, keys(what, name, graph, radius), change)
                 if path[0] == "steps" and len(path) > 2 and path[2] in WRITTEN and value is not MISSING:
@@ -360,7 +363,13 @@ def relative(path: Path_, words: str, value: Any) -> Forge:
 
 def entry_cases() -> Iterator[Case]:
     """What the manifest says of one tensor, and not of the others."""
-    places = ((0, "name", "other"), (1, "shape", [1]), (2, "dtype", F32), (3, "sha256", "0" * 64), (4, "shape", [-1, -4]))
+    places = (
+        (0, "name", "other"),
+        (1, "shape", [1]),
+        (2, "dtype", F32),
+        (3, "sha256", "0" * 64),
+        (4, "shape", [-1, -4]),
+    )
     for name in FOUR:
         for k, field, value in places:
             what = f"tensors.{k}.{field}: {value}"
@@ -386,11 +395,11 @@ def one(M: np.ndarray, factor: float, add: float = 0.0) -> np.ndarray:
 
 
 TENSORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "one entry a millionth less": lambda M: one(M, 1.0 - 1e-6),
-    "one entry a millionth more": lambda M: one(M, 1.0 + 1e-6),
+    "one entry a millionth less": lambda M: one(M, 1.0 - 0.9e-6),
+    "one entry a millionth more": lambda M: one(M, 1.0 + 0.9e-6),
     "one entry a thousandth more": lambda M: one(M, 1.0 + 1e-3, 1e-3),
     "one entry with another sign": lambda M: one(M, -1.0),
-    "a millionth less": lambda M: M * (1.0 - 1e-6),
+    "a millionth less": lambda M: M * (1.0 - 0.9e-6),
     "a tenth": lambda M: M * 0.1,
     "ten times": lambda M: M * 10.0,
     "another sign": lambda M: -M - (M == 0.0),
@@ -411,8 +420,8 @@ def tensor_cases() -> Iterator[Case]:
                     if np.array_equal(function(files.tensors[tensor].copy()), files.tensors[tensor]):
                         continue
                     dtypes = in_both(what, name) if short in ("pairs", "errors") else [keys(what, name)]
-                    yield from (Case(what, key, change) for key in dtypes)
-                elif (k + m + number) % 4 == 0:
+                    yield from (Case(what, key, change) for key in dtypes if short != "metric" or m % 2)
+                elif (k + m + number) % 5 == 0:
                     yield Case(what, keys(what, name), change)
             if "W" in tensor or tensor in ("pairs", "errors") or "me" in tensor:
                 what = f"{tensor}: none"
@@ -614,10 +623,10 @@ def plan_cases() -> Iterator[Case]:
         for words, forge in plans.items():
             what = f"plan: {words}"
             form = FORMS[zlib.crc32(what.encode()) % 2]
-            given = (F32, F64) if "convolutions" in words else (keys(what, name)[1],)
-            for dtype in given:
-                yield Case(what, (name, dtype, False, form), forge)
-                yield Case(what, (name, dtype, True, form), forge)
+            dtype = keys(what, name)[1]
+            for key in ((name, F64, False, form), (name, F32, False, form), (name, dtype, True, form)):
+                if key[2] or key[1] == dtype or name.startswith("hidden"):
+                    yield Case(what, key, forge)
 
 
 # ---- the claims together
@@ -675,12 +684,12 @@ def claim_cases() -> Iterator[Case]:
         return change
 
     claims = {
-        "constants a millionth less": bounds_of(1.0 - 1e-6),
+        "constants a millionth less": bounds_of(1.0 - 0.9e-6),
         "constants 1e-9 less": bounds_of(1.0 - 1e-9),
         "constants a tenth": bounds_of(0.1),
         "constants ten times": bounds_of(10.0),
-        "one pair a millionth less": one_pair(1.0 - 1e-6),
-        "one pair and errors a millionth less": several(one_pair(1.0 - 1e-6), one_error(1.0 - 1e-6)),
+        "one pair a millionth less": one_pair(1.0 - 0.9e-6),
+        "one pair and errors a millionth less": several(one_pair(1.0 - 0.9e-6), one_error(1.0 - 0.9e-6)),
         "one error of ‖x‖ a tenth": one_error(0.1),
         "no errors at all": lambda f: f.tensors["errors"].fill(0.0),
         "negative errors": lambda f: np.negative(f.tensors["errors"], out=f.tensors["errors"]),
@@ -692,7 +701,7 @@ def claim_cases() -> Iterator[Case]:
         "certified at 2 L, and said": certified(2.0, 1.0),
         "certified at 2 L, and not said": certified(2.0, 0.0),
         "unproved": unproved,
-        "unproved, and constants a millionth less": several(unproved, bounds_of(1.0 - 1e-6)),
+        "unproved, and constants a millionth less": several(unproved, bounds_of(1.0 - 0.9e-6)),
         "no multiplier": proofs("multiplier"),
         "no metric": proofs("metric"),
         "proofs scaled by 2": scaled(2.0),
@@ -702,7 +711,9 @@ def claim_cases() -> Iterator[Case]:
         "names that are control characters": lambda f: f.manifest.update(class_names=["\x1b[2J", "\u202e", "\x00"]),
         "another dtype": lambda f: f.manifest.update(dtype=F32 if f.manifest["dtype"] == F64 else F64),
         "prescribed L of less, certified anew": lambda f: several(
-            lambda g: g.manifest["steps"][g.stages[0]].update(lipschitz=0.9 * g.manifest["steps"][g.stages[0]]["lipschitz"]),
+            lambda g: g.manifest["steps"][g.stages[0]].update(
+                lipschitz=0.9 * g.manifest["steps"][g.stages[0]]["lipschitz"]
+            ),
             certified(1.0, 0.0),
         )(f),
     }
@@ -710,7 +721,8 @@ def claim_cases() -> Iterator[Case]:
         for words, forge in claims.items():
             if words == "a million class names" and name != "triangular":
                 continue
-            for key in in_both(words, name):
+            both = [*in_both(words, name)]
+            for key in both if "less" in words or "W" in words else both[len(words) % 2 :][:1]:
                 yield Case(words, key, forge)
 
 
@@ -780,7 +792,11 @@ def change_attribute(number: int, place: int) -> Forge:
                 if values.dtype == bool:
                     values = ~values
                 elif values.dtype.kind == "f":
-                    values = values * (1.0 + 1e-3) + (values == 0) * 1e-3 if np.isfinite(values).all() else np.abs(0 * values)
+                    values = (
+                        values * (1.0 + 1e-3) + (values == 0) * 1e-3
+                        if np.isfinite(values).all()
+                        else np.ones_like(values)
+                    )
                 else:
                     values = values + 1
                 attribute.t.CopyFrom(onnx.numpy_helper.from_array(values, attribute.t.name))
@@ -798,7 +814,7 @@ def change_attribute(number: int, place: int) -> Forge:
     return change
 
 
-NODES = {"triangular": (F64, 4), "tuned": (F64, 5), "equilibrium": (F64, 5), "images": (F64, 9), "images ": (F32, 5)}
+NODES = {"triangular": (F64, 5), "tuned": (F64, 7), "equilibrium": (F64, 8), "images": (F64, 14), "images ": (F32, 7)}
 
 
 def node_cases() -> Iterator[Case]:
@@ -831,14 +847,14 @@ def in_front(model: onnx.ModelProto, *nodes: onnx.NodeProto) -> None:
     model.graph.node.extend([*nodes, *following])
 
 
-def behind_logits(model: onnx.ModelProto, write: Callable[[str, int], list[onnx.NodeProto]]) -> None:
-    """Nodes that make other logits of the honest ones."""
+def behind(model: onnx.ModelProto, output: str, write: Callable[[str, int], list[onnx.NodeProto]]) -> None:
+    """Nodes that make another output of the honest one; they are told its name and the type of the input."""
     for node in model.graph.node:
         for names in (node.input, node.output):
             for k, name in enumerate(names):
-                if name == "logits":
-                    names[k] = "honest"
-    model.graph.node.extend(write("honest", model.graph.input[0].type.tensor_type.elem_type))
+                if name == output:
+                    names[k] = f"honest_{output}"
+    model.graph.node.extend(write(f"honest_{output}", model.graph.input[0].type.tensor_type.elem_type))
 
 
 def number(kind: int, value: float, name: str) -> onnx.NodeProto:
@@ -861,16 +877,17 @@ def function_like(name: str, operator: str) -> onnx.FunctionProto:
 
 GRAPHS: dict[str, Forge] = {
     "the logits scaled": graph(
-        lambda m: behind_logits(m, lambda y, kind: [number(kind, 1.001, "c"), helper.make_node("Mul", [y, "c"], ["logits"])])
+        lambda m: behind(m, "logits", lambda y, kind: [number(kind, 1.001, "c"), helper.make_node("Mul", [y, "c"], ["logits"])])
     ),
-    "logits that are negative": graph(lambda m: behind_logits(m, lambda y, _: [helper.make_node("Neg", [y], ["logits"])])),
+    "logits that are negative": graph(lambda m: behind(m, "logits", lambda y, _: [helper.make_node("Neg", [y], ["logits"])])),
     "logits as they are, by one node more": graph(
-        lambda m: behind_logits(m, lambda y, _: [helper.make_node("Identity", [y], ["logits"])])
+        lambda m: behind(m, "logits", lambda y, _: [helper.make_node("Identity", [y], ["logits"])])
     ),
-    "a radius of one": graph(
-        lambda m: next(n for n in m.graph.node if "radius" in n.output).op_type.__len__()
-        and m.functions[-1 if m.functions[-1].name == "certified_radius" else -2].node.append(
-            helper.make_node("Exp", ["radius_"], ["radius__"])
+    "twice the radius": graph(
+        lambda m: behind(
+            m,
+            "radius",
+            lambda r, _: [number(TensorProto.DOUBLE, 2.0, "two"), helper.make_node("Mul", [r, "two"], ["radius"])],
         )
     ),
     "an output less": graph(lambda m: m.graph.output.pop()),
@@ -929,7 +946,9 @@ GRAPHS: dict[str, Forge] = {
     "the metric for the bias": graph(lambda m: exchanged(m, "b_z", "metric")),
     "V for W": graph(lambda m: exchanged(m, "W", "V")),
     "a bias that is another one": graph(lambda m: exchanged(m, "b_z", "log_psi")),
-    "an initialiser more": graph(lambda m: m.graph.initializer.append(helper.make_tensor("more", TensorProto.FLOAT, [], [1.0]))),
+    "an initialiser more": graph(
+        lambda m: m.graph.initializer.append(helper.make_tensor("more", TensorProto.FLOAT, [], [1.0]))
+    ),
     "a sparse initialiser": graph(
         lambda m: m.graph.sparse_initializer.append(
             helper.make_sparse_tensor(
@@ -990,7 +1009,9 @@ PLACES: dict[str, Forge] = {
     "of no length": elsewhere("U", length=0),
     "words for a number": elsewhere("U", offset="ten"),
     "a checksum more": elsewhere("U", checksum="0"),
-    "every initialiser elsewhere": lambda f: f.places.update({name: {"location": "other.safetensors"} for name in f.tensors}),
+    "every initialiser elsewhere": lambda f: f.places.update(
+        {name: {"location": "other.safetensors"} for name in f.tensors}
+    ),
 }
 
 
@@ -1004,11 +1025,28 @@ def graph_cases() -> Iterator[Case]:
         yield Case(f"external data: {words}", (name, F64 if k % 2 else F32, True, "pair"), forge)
 
 
+def some(cases: Iterator[Case]) -> Iterator[Case]:
+    """Of many alike a third, by their names, and the first of each place: the suite takes less than a minute."""
+    seen = set()
+    for case in cases:
+        place = re.sub(r"\d+", "", case.what.partition(":")[0])
+        if place not in seen or zlib.crc32(str(case).encode()) % 3 == 0:
+            yield case
+        seen.add(place)
+
+
 def _cases() -> list[Case]:
-    makers = (
-        manifest_cases, entry_cases, tensor_cases, weight_cases, plan_cases, claim_cases, node_cases, graph_cases,
-    )  # fmt: skip
-    return list({str(case): case for maker in makers for case in maker()}.values())
+    made = [
+        *some(manifest_cases()),
+        *entry_cases(),
+        *some(tensor_cases()),
+        *some(weight_cases()),
+        *plan_cases(),
+        *claim_cases(),
+        *some(node_cases()),
+        *graph_cases(),
+    ]
+    return list({str(case): case for case in made}.values())
 
 
 CASES = _cases()
@@ -1037,13 +1075,15 @@ def test_every_field_and_every_tensor_is_forged():
         tensors = {case.what.partition(":")[0] for case in CASES if case.key[0] == name}
         assert set(honest(name, F64, True, "pair").files.tensors) <= tensors
     assert len(CASES) == len({str(case) for case in CASES}) > 300
-    assert {case.key for case in CASES} >= {(n, d, r, f) for n in FOUR for d in (F64, F32) for r in (True, False) for f in FORMS}
+    assert {case.key for case in CASES} >= {
+        (n, d, r, f) for n in FOUR for d in (F64, F32) for r in (True, False) for f in FORMS
+    }
 
 
 @pytest.mark.parametrize(("name", "dtype", "form"), KEYS)
 def test_honest_files(name, dtype, form, tmp_path):
     """What is saved is verified and nothing is lost, whoever has written the files, wherever they lie, and saved again."""
-    for radius in (True, False):
+    for radius in (True, False) if form == "pair" else (True,):
         given = honest(name, dtype, radius, form)
         methods = [given.files.manifest["steps"][k]["graph"] for k in given.files.stages]
         if form != "data":
@@ -1092,7 +1132,7 @@ def test_the_search_finds_what_is_lost(tmp_path):
         return lost(files.write(tmp_path / folder), files, given)
 
     def less(files: Files) -> None:
-        files.tensors["pairs"] *= 1.0 - 1e-6
+        files.tensors["pairs"] *= 1.0 - 0.9e-6
 
     losses = found("triangular", F64, less, "less")
     assert "pairs less than was proved" in losses
@@ -1131,7 +1171,7 @@ def test_forgeries(case, tmp_path):
     files = given.files.copy()
     try:
         case.forge(files)
-    except Unwritable:
+    except UnwritableError:
         return
     assert files != given.files, "nothing is forged"
     path = files.write(tmp_path)
