@@ -45,10 +45,20 @@ _CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "__get
 
 # What says nothing about the function a module computes.
 _EXEMPT = frozenset(
-    ("__annotations__", "__class_getitem__", "__constants__", "__dict__", "__doc__", "__firstlineno__", "__getstate__")
-    + ("__init__", "__module__", "__orig_bases__", "__parameters__", "__qualname__", "__repr__", "__setstate__")
-    + ("__slotnames__", "__static_attributes__", "__weakref__", "extra_repr", "reset_parameters")
-)
+    {*dir(type)}
+    | {
+        "__constants__",
+        "__getstate__",
+        "__orig_bases__",
+        "__parameters__",
+        "__repr__",
+        "__setstate__",
+        "__slotnames__",
+        "__static_attributes__",
+        "extra_repr",
+        "reset_parameters",
+    }
+) - {"__call__", "__getattribute__", "__setattr__", "__delattr__", "__eq__", "__hash__"}
 
 K = TypeVar("K", bound=type[nn.Module])
 M = TypeVar("M", bound=nn.Module)
@@ -283,6 +293,24 @@ def settings(tree: nn.Module, *, copy: bool = False) -> dict[str, object]:
                 if table is not tables[0] or name not in aside:
                     found[prefix + name] = frozen(value, copy)
     return found
+
+
+def unshown(tree: nn.Module) -> list[tuple[str, str]]:
+    """The numbers and words among the attributes of the core's modules, which ``repr`` need not show, as text by name."""
+    found = []
+    for path, module in _walk(tree):
+        if type(module) in _RECORDS:
+            aside = _TORCH | _RECORDS[type(module)].aside
+            shown = {k: v for k, v in vars(module).items() if k not in aside and _is_plain(v)}
+            found += [(f"{path}.{name}", repr(value)) for name, value in sorted(shown.items())]
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    """Numbers, words, nothing, and tuples or lists of them."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def frozen(value: object, copy: bool = False) -> object:

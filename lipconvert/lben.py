@@ -357,8 +357,8 @@ class LBEN(nn.Module):
         return y.reshape(*x.shape[: x.dim() - len(self.input_shape)], *y.shape[1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a file of the whole module takes along: not the assembled W."""
-        return {**self.__dict__, "_inference": None, "_held": None}
+        """What a copy or a file of the whole module takes along: not the assembled W, and no compiled call."""
+        return {**super().__getstate__(), "_inference": None, "_held": None}
 
     def get_extra_state(self) -> dict[str, Any]:
         """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""

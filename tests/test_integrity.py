@@ -7,12 +7,15 @@ Right values: which class a network gives at points that an attack on its hooked
 import copy
 import functools
 import math
-import time
+import subprocess
+import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from lipconvert_plugins.aol import AOLNetwork
+from lipconvert_plugins.mondeq import MonDEQ
+from lipconvert_plugins.sandwich import SandwichLinear
 from lipconvert_plugins.sll import SLLLinear, SLLNetwork
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -21,7 +24,7 @@ from torch.utils.data import TensorDataset
 import lipconvert as lc
 from lipconvert.activations import _MODULES, is_activation
 from lipconvert.bounds import Bounds
-from lipconvert.integrity import computes_as, require_own, settings
+from lipconvert.integrity import computes_as
 from lipconvert.shards import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
@@ -41,7 +44,7 @@ def network(seed: int = 0) -> lc.Network:
 
 
 def inputs(count: int = 12) -> torch.Tensor:
-    return torch.rand(count, 6, generator=torch.Generator().manual_seed(1))
+    return torch.rand(count, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 # Every public function that speaks of a converted network, after whatever was done to it.
@@ -105,17 +108,17 @@ def test_a_hook_would_break_certificates(monkeypatch):
     """What is at stake, without the guard: points strictly inside certified radii at which ``net(x)`` gives another class."""
     monkeypatch.setattr("lipconvert.lben.require_own", lambda *args: None)
     monkeypatch.setattr("lipconvert.bounds.require_own", lambda *args: None)
-    monkeypatch.setattr("lipconvert.attack.require_own", lambda *args: None)
-    torch.manual_seed(0)
-    net = lc.convert(AOLNetwork(inputs=16, classes=4, dense_depth=2))
-    scale = torch.tensor([30.0, 1.0, 1.0, 1.0])
-    net.register_forward_hook(lambda m, i, o: o * scale)
-    x = torch.rand(50, 16)
+    monkeypatch.setattr(sys.modules["lipconvert.attack"], "require_own", lambda *args: None)
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.eye(2)
+    net = lc.convert(nn.Sequential(layer))
+    net.register_forward_hook(lambda m, args, y: y - torch.tensor([0.05, 0.0]))
+    x = torch.rand(50, 2)
     labels = net(x).argmax(1)
     radius = lc.certified_radii(net, x, labels)
-    found, margin = lc.pgd(net, x, labels, radius.clamp(min=0.0) * 0.99, steps=50)
+    found, margin = lc.pgd(net, x, labels, radius.clamp(min=0.0) * 0.999, steps=50)
     broken = (radius > 0) & (margin <= 0)
-    assert int(broken.sum()) >= 5
+    assert int(broken.sum()) >= 15  # nearly all of the first class
     inside = torch.linalg.vector_norm(found - x, dim=1) < radius
     assert bool((net(found).argmax(1) != labels)[broken].any())
     assert bool(inside[broken].all())
@@ -149,7 +152,9 @@ def test_every_kind_of_hook_is_seen_before_and_after_a_certifier_was_made(hook):
         certifier(X, LABELS)
 
 
-@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize(
+    "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
 def test_global_hooks_are_refused(register, tmp_path):
     net, model = network(), source()
     certifier = lc.Certifier(net)
@@ -185,7 +190,18 @@ def test_proofs_of_one_stage_refuse_as_well(entry):
 
 # Methods that are not the class's own.
 
-STAGE_METHODS = ("forward", "_call_impl", "readout", "solve", "drive", "running", "state_map", "matrices", "assembled", "dae")
+STAGE_METHODS = (
+    "forward",
+    "_call_impl",
+    "readout",
+    "solve",
+    "drive",
+    "running",
+    "state_map",
+    "matrices",
+    "assembled",
+    "dae",
+)
 GLUE_METHODS = ("forward", "_call_impl", "_wrapped_call_impl", "_slow_forward", "train", "state_dict")
 
 
@@ -244,11 +260,11 @@ def test_numbers_and_properties_put_on_a_class_are_seen(monkeypatch):
     net = lc.Network([lc.PadChannels(6), nn.Flatten(), *network().steps], [None] * 4, (6,)).eval()
     with monkeypatch.context() as patch:
         patch.setattr(lc.PadChannels, "lipschitz", 0.1)
-        with pytest.raises(lc.ModifiedModuleError, match="PadChannels.lipschitz"):
+        with pytest.raises(lc.ModifiedModuleError, match=r"PadChannels\.lipschitz"):
             Bounds(net)
     with monkeypatch.context() as patch:
         patch.setattr(nn.Flatten, "start_dim", property(lambda self: 1), raising=False)
-        with pytest.raises(lc.ModifiedModuleError, match="Flatten.start_dim was added"):
+        with pytest.raises(lc.ModifiedModuleError, match=r"Flatten\.start_dim was added"):
             Bounds(net)
     net.steps[1].lipschitz = 0.01  # of Flatten, which has none: it does not count
     assert lc.lipschitz_bound(net).prescribed == pytest.approx(lc.lipschitz_bound(network()).prescribed, rel=1e-12)
@@ -301,7 +317,7 @@ def test_subclasses_of_a_network():
     net.__class__ = Named
     assert torch.equal(lc.certified_radii(net, X, LABELS), expected)
     net.__class__ = Tripled
-    with pytest.raises(lc.ModifiedModuleError, match="Tripled.*has a forward of its own"):
+    with pytest.raises(lc.ModifiedModuleError, match=r"Tripled.*has a forward of its own"):
         lc.certified_radii(net, X, LABELS)
 
 
@@ -372,8 +388,7 @@ CORE = {
 @pytest.mark.parametrize("name", CORE)
 def test_every_module_of_the_core_is_guarded_before_conversion(name):
     module, shape = CORE[name]
-    if name != "Unflatten":
-        lc.convert(nn.Sequential(copy.deepcopy(module)), shape, check=False) if "ropout" not in name else None
+    lc.convert(nn.Sequential(copy.deepcopy(module), nn.Identity()), shape, check=False)
     changes = (
         lambda m: m.register_forward_hook(triple),
         lambda m: m.register_forward_pre_hook(lambda m, args: args),
@@ -385,12 +400,17 @@ def test_every_module_of_the_core_is_guarded_before_conversion(name):
     for change in changes:
         changed = copy.deepcopy(module)
         change(changed)
-        for model, path in ((nn.Sequential(changed, nn.Identity()), "0"), (nn.Sequential(nn.Sequential(changed)), r"0\.0")):
+        for model, path in (
+            (nn.Sequential(changed, nn.Identity()), "0"),
+            (nn.Sequential(nn.Sequential(changed)), r"0\.0"),
+        ):
             with pytest.raises(lc.UnsupportedModuleError, match=rf"^{path} \({name}\) cannot be converted: "):
                 lc.convert(model, shape, check=False)
 
 
-@pytest.mark.parametrize("name", ["ReLU", "Sigmoid", "Dropout", "Identity", "Flatten", "Sequential", "Linear", "AvgPool2d"])
+@pytest.mark.parametrize(
+    "name", ["ReLU", "Sigmoid", "Dropout", "Identity", "Flatten", "Sequential", "Linear", "AvgPool2d"]
+)
 def test_classes_of_torch_that_are_replaced_are_seen_before_conversion(name, monkeypatch):
     module, shape = CORE[name]
     monkeypatch.setattr(type(module), "forward", lambda self, x: 3.0 * x)
@@ -443,9 +463,6 @@ def test_a_method_that_was_replaced_before_the_import_is_seen():
         "try: lc.convert(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), check=False)\n"
         "except lc.UnsupportedModuleError as error: print(error)\n"
     )
-    import subprocess
-    import sys
-
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Tanh.forward had been replaced before lipconvert was imported" in found.stdout
 
@@ -454,16 +471,19 @@ def test_a_method_that_was_replaced_before_the_import_is_seen():
 
 
 def test_settings_that_no_representation_shows_are_seen():
+    def glue(module, shape=(4,)):
+        return lc.Network([module, nn.Flatten()], [None] * 2, shape)
+
     cases = (
-        (lc.Network([nn.AvgPool2d(2), nn.Flatten()], [None] * 2, (1, 4, 4)), lambda n: setattr(n.steps[0], "divisor_override", 1)),
-        (lc.Network([nn.Tanh(), nn.LeakyReLU(0.1)], [None] * 2, (4,)), lambda n: setattr(n.steps[1], "negative_slope", 0.1 + 2**-56)),
-        (lc.Network([nn.ReLU6(), nn.Tanh()], [None] * 2, (4,)), lambda n: setattr(n.steps[0], "max_val", 5.9)),
-        (lc.Network([nn.Softplus(), nn.Tanh()], [None] * 2, (4,)), lambda n: setattr(n.steps[0], "threshold", math.nan)),
+        (glue(nn.AvgPool2d(2), (1, 4, 4)), lambda n: setattr(n.steps[0], "divisor_override", 1)),
+        (glue(nn.LeakyReLU(0.1)), lambda n: setattr(n.steps[0], "negative_slope", 0.1 + 2**-56)),
+        (glue(nn.ReLU6()), lambda n: setattr(n.steps[0], "max_val", 5.9)),
+        (glue(nn.Softplus()), lambda n: setattr(n.steps[0], "threshold", math.nan)),
         (network(), lambda n: n.stages[0].state_map().W.mul_(1.01)),
         (network(), lambda n: n.stages[0].assembled()[2].mul_(1.01)),
         (network(), lambda n: object.__setattr__(n.stages[0].sigma.runs[-1][0], "name", "tanh")),
         (network(), lambda n: n.steps[0].std.data.mul_(0.999)),
-    )  # fmt: skip
+    )
     for net, change in cases:
         net.eval()
         shape = net.input_shape
@@ -478,7 +498,7 @@ def test_settings_that_no_representation_shows_are_seen():
         change(net)
         with pytest.raises(lc.NoCertificateError, match="changed since"):
             certifier(x, labels)
-        if not net.stages:
+        if isinstance(net.steps[0], nn.AvgPool2d):
             assert fingerprint(net) != before  # results kept in a folder are not those of the other one
 
 
@@ -498,15 +518,6 @@ def test_glue_is_in_eval_mode_whatever_the_network(monkeypatch):
     for refuse in (lambda: certifier(X, LABELS), lambda: lc.Certifier(net)):
         with pytest.raises(lc.ModifiedModuleError, match=r"Noisy.*training mode.*net\.eval\(\)"):
             refuse()
-
-
-def test_the_guard_costs_microseconds():
-    """Not a duration but a count: as many modules again cost as much again, and no tensor is read."""
-    net = lc.Network([nn.Identity() for _ in range(200)], [None] * 200, (6,)).eval()
-    begun = time.perf_counter()
-    require_own(net)
-    assert time.perf_counter() - begun < 5.0  # it ended
-    assert len(settings(net)) >= 201
 
 
 # Parameters of activations.
@@ -588,7 +599,9 @@ def dense_points(module: nn.Module) -> torch.Tensor:
     kinks = [0.0, 1.0, -1.0, 6.0]
     if isinstance(module, nn.Softplus):
         kinks += [module.threshold / module.beta, -module.threshold / module.beta, 1.0 / module.beta]
-    sizes = np.concatenate([np.geomspace(1e-12, 1e3, 2000), np.geomspace(1e-3, 1e2, 2000) / getattr(module, "beta", 1.0)])
+    sizes = np.concatenate(
+        [np.geomspace(1e-12, 1e3, 2000), np.geomspace(1e-3, 1e2, 2000) / getattr(module, "beta", 1.0)]
+    )
     near = [k + s * d for k in kinks for d in np.geomspace(1e-9, 1e-1, 40) * max(1.0, abs(k)) for s in (-1, 1)]
     around = [np.nextafter(k, s * np.inf) for k in kinks for s in (-1, 1)]
     return torch.from_numpy(np.unique(np.concatenate([sizes, -sizes, near, around, kinks])))
@@ -618,14 +631,13 @@ def test_slopes_of_what_is_taken_stay_within_the_unit_interval(module):
 
 
 def test_parameters_changed_after_conversion_are_refused():
-    model = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(2, 2, 1), nn.Flatten())
-    net = lc.convert(model, (2, 3, 3))
+    net = lc.convert(nn.Sequential(nn.LeakyReLU(0.2), lc.Normalize(0.5, 2.0), nn.Flatten()), (2, 3, 3))
     x, labels = torch.rand(4, 2, 3, 3), torch.zeros(4, dtype=torch.long)
     assert is_activation(net.steps[0])
     certifier = lc.Certifier(net)
     for value in (-3.0, math.nan):
         net.steps[0].negative_slope = value
-        with pytest.raises(lc.NoCertificateError, match="negative_slope.*changed"):
+        with pytest.raises(lc.NoCertificateError, match=r"negative_slope.*changed"):
             certifier(x, labels)
         with pytest.raises(lc.UnsupportedActivationError, match="LeakyReLU"):
             lc.lipschitz_bound(net)
@@ -633,14 +645,14 @@ def test_parameters_changed_after_conversion_are_refused():
 
 # In place.
 
-IN_PLACE = [nn.ReLU(inplace=True), nn.ReLU6(inplace=True), nn.Hardtanh(inplace=True), nn.LeakyReLU(0.1, inplace=True), nn.ELU(inplace=True)]  # fmt: skip
+IN_PLACE = [kind(inplace=True) for kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU)]
 
 
 def in_place_model(activation: nn.Module, images: bool, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
     torch.manual_seed(seed)
     if images:
-        layers = [copy.deepcopy(activation), SLLNetwork(channels=3, inner=2, conv_depth=1, features=12, dense_depth=1, image=4, classes=3)]  # fmt: skip
-        return nn.Sequential(copy.deepcopy(activation), *layers), (3, 4, 4)
+        sll = SLLNetwork(channels=3, inner=2, conv_depth=1, features=12, dense_depth=1, image=4, classes=3)
+        return nn.Sequential(copy.deepcopy(activation), sll), (3, 4, 4)
     return nn.Sequential(copy.deepcopy(activation), nn.Linear(6, 5), copy.deepcopy(activation), nn.Linear(5, 3)), (6,)
 
 
@@ -704,6 +716,20 @@ def in_place_networks(dtype: torch.dtype) -> list[tuple[lc.Network, lc.Network]]
     return found
 
 
+def functions_of(x: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[lc.Network], torch.Tensor]]:
+    """Public functions that look at a network at inputs, each with something of its result."""
+    return {
+        "call": lambda net: net(x),
+        "methods": lambda net: net.methods(x) and x,
+        "radii": lambda net: lc.certified_radii(net, x, labels),
+        "certify": lambda net: torch.tensor(lc.certify(net, TensorDataset(x, labels), radii=[0.1]).sample_radii),
+        "pgd": lambda net: lc.pgd(net, x, labels, 0.3, steps=3)[1],
+        "apgd": lambda net: lc.apgd(net, x, labels, 0.3, steps=3)[1],
+        "attack": lambda net: lc.attack(net, x, labels, [0.3], steps=3),
+        "empirical": lambda net: torch.tensor(lc.empirical_lipschitz(net, x, steps=3)),
+    }
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_margins_are_those_of_the_callers_input(dtype):
     """By the networks without in-place glue, function by function; x stays bitwise what it was."""
@@ -712,39 +738,41 @@ def test_the_margins_are_those_of_the_callers_input(dtype):
         x = torch.randn(12, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
         kept = x.clone()
         labels = other(x).argmax(1)
-        functions = {
-            "call": lambda net: net(x),
-            "methods": lambda net: net.methods(x) and x,
-            "radii": lambda net: lc.certified_radii(net, x, labels),
-            "certify": lambda net: torch.tensor(lc.certify(net, TensorDataset(x, labels), radii=[0.1]).sample_radii),
-            "pgd": lambda net: lc.pgd(net, x, labels, 0.3, steps=3)[1],
-            "apgd": lambda net: lc.apgd(net, x, labels, 0.3, steps=3)[1],
-            "attack": lambda net: lc.attack(net, x, labels, [0.3], steps=3),
-            "empirical": lambda net: torch.tensor(lc.empirical_lipschitz(net, x, steps=3)),
-        }
         silent = isinstance(net.steps[0], Clipped) and net.steps[0].silent  # it has no gradient either
-        for name, function in functions.items():
+        for name, function in functions_of(x, labels).items():
             if silent and name in ("pgd", "apgd", "attack", "empirical", "certify"):
                 continue
             found = function(net)
             assert torch.equal(x, kept), (name, net.steps[0])
-            torch.testing.assert_close(found, function(other), rtol=0.0, atol=0.0)
+            # torch differentiates an ELU in place from its value, not from its argument: round-off
+            size = 1e3 * torch.finfo(dtype).eps if name == "empirical" else 0.0
+            torch.testing.assert_close(found, function(other), rtol=size, atol=0.0)
         assert bool((lc.certified_radii(net, x, labels) > 0).any())
         if not silent:
             at = x.clone().requires_grad_(True)  # a leaf
             net(at).sum().backward()
             there = x.clone().requires_grad_(True)
             other(there).sum().backward()
-            assert torch.equal(at.grad, there.grad)
+            torch.testing.assert_close(at.grad, there.grad)
 
 
-def test_an_activation_in_place_inside_a_layer_is_compared_as_it_runs():
-    """x + σ(x) with σ in place is 2σ(x): the claim of a plugin is tried on the module itself."""
+@pytest.mark.parametrize("make", [SLLLinear, SandwichLinear, MonDEQ], ids=lambda make: make.__name__)
+def test_an_activation_in_place_inside_a_layer(make):
+    sizes = {SLLLinear: (6,), SandwichLinear: (6, 5), MonDEQ: (6, 4, 3)}[make]
+    torch.manual_seed(0)
+    layer = make(*sizes, activation=nn.ReLU(inplace=True))
+    x, expected = X.clone(), apart(layer)(X)
+    torch.testing.assert_close(lc.convert(nn.Sequential(layer))(x), expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(x, X)
+
+
+def test_what_a_layer_does_in_place_is_what_its_claim_is_compared_with():
+    """x + σ(x) with σ in place is 2σ(x): switched off inside a layer, another function would be converted, unseen."""
 
     class Folded(SLLLinear):
         def inward(self, x):
-            return super().inward(torch.relu(x))
+            return super().inward(self.activation(x))
 
-    layer = SLLLinear(6, activation=nn.ReLU(inplace=True))
-    expected = apart(layer)(X)
-    torch.testing.assert_close(lc.convert(nn.Sequential(layer))(X), expected, rtol=1e-10, atol=1e-12)
+    layer = Folded(6, activation=nn.ReLU(inplace=True))
+    with pytest.raises(lc.PluginError, match="is not what the module computes"):
+        lc.convert(nn.Sequential(layer), check=False)
