@@ -161,7 +161,10 @@ def core_lipschitz(module: nn.Module) -> float | None:
         return 1.0
     if type(module) is nn.AvgPool2d:
         return _pooling_lipschitz(module)
-    return (float(module.lipschitz) if hasattr(type(module), "lipschitz") else 1.0) if type(module) in KNOWN else None
+    if type(module) not in KNOWN:
+        return None
+    # as its class has it: an attribute of that name put on an nn.Flatten says nothing
+    return float(module.lipschitz) if isinstance(module, Normalize) else 1.0
 
 
 def _pooling_lipschitz(pool: nn.AvgPool2d) -> float | None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from .errors import ModifiedModuleError, UnsupportedModuleError
 
@@ -236,7 +236,7 @@ def _of_instance(module: nn.Module, own: bool) -> tuple[str, str] | None:
     )
     for table in ("_parameters", "_buffers", "_modules"):
         for name, value in (attributes.get(table) or {}).items():
-            if isinstance(value, UninitializedTensorMixin):
+            if is_lazy(value):
                 return f"the size of its {name} is not known yet", "Run one batch through the model first."
             if name in attributes or hasattr(kind, name):
                 return f"an attribute stands in front of its {name}", RESTORE
