@@ -30,6 +30,7 @@ from .errors import (
     LipconvertError,
     MissingOptionError,
     ModelError,
+    ModifiedModuleError,
     NoCertificateError,
     NotConvergedError,
     NotFiniteError,
@@ -45,6 +46,7 @@ from .finetune import finetune, train
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operator
 from .hookspecs import PluginInfo, hookimpl
 from .hub import from_hub, push_to_hub
+from .integrity import computes_as
 from .interchange import explicit, export_vnnlib, write_vnnlib
 from .lben import LBEN
 from .network import Network
@@ -73,7 +75,6 @@ from .spectrum import (
     strided_weight,
 )
 from .state_map import StateMap
-from .trace import computes_as
 from .validate import validate
 from .verify import verify
 from .weights import from_state_dict, read_weights
@@ -104,6 +105,7 @@ __all__ = [
     "MeanPool",
     "MissingOptionError",
     "ModelError",
+    "ModifiedModuleError",
     "Network",
     "NoCertificateError",
     "Normalize",

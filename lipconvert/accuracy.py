@@ -31,6 +31,7 @@ from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import FirstFeatures, Normalize, PadChannels, core_lipschitz
 from .lben import LBEN
+from .network import passed
 from .proofs import Enclosure, prove_gains
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
 from .spectrum import Grid
@@ -391,7 +392,7 @@ class Accuracy:
                     pairs = (local_pairs + carried) * SLACK
             else:
                 step = copy.deepcopy(step).cpu().double() if double else step
-                y = step(x)
+                y = passed(step, x)
                 local = self._glue(step, L, net.glue_rounding[k], x, largest, u, tiny)
                 if pairs is not None:
                     behind = math.prod(self._constants[k + 1 :])

@@ -23,6 +23,7 @@ from torch.nn import functional
 from .accuracy import Accuracy
 from .bounds import Bounds
 from .errors import InvalidParameterError, ShapeError
+from .integrity import require_own
 from .network import Network
 from .rounding import SLACK, gamma
 from .spectrum import require_finite
@@ -64,7 +65,8 @@ def pgd(
     `lipconvert.certify` counts, and leaves the batch. ‖x′ − x‖₂ ≤ radius holds exactly. A random start depends on ``seed``
     and on the sample's place in the data, ``first`` + its row: the result is that of any other batch, to round-off.
 
-    Raises `InvalidParameterError`, `ShapeError` and `NotFiniteError` for arguments that do not fit; `NotConvergedError`, even
+    Raises `InvalidParameterError`, `ShapeError` and `NotFiniteError` for arguments that do not fit; `ModifiedModuleError` for
+    hooks and other ways in which the network is not what its class says (`lipconvert.integrity`); `NotConvergedError`, even
     if the stages' options say not to throw: where the equilibrium is not known, a sample is neither right nor broken.
     """
     _require_counts(steps=steps, restarts=restarts)
@@ -229,7 +231,8 @@ def empirical_lipschitz(
 @contextmanager
 def _frozen(net: Network) -> Iterator[None]:
     """Inside, parameters take no gradient and unconverged solves raise; afterwards the network is as it was."""
-    trained = [p for p in _network(net).parameters() if p.requires_grad]
+    require_own(_network(net))
+    trained = [p for p in net.parameters() if p.requires_grad]
     options = [stage.options for stage in net.stages]
     try:
         for parameter in trained:

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from .conditions import cascade, starts_linear, strict_weights
 from .dae import DAE
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import KNOWN, PadChannels
+from .integrity import frozen, require_own, same, settings
 from .lben import LBEN
 from .network import Network
 from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
@@ -184,15 +184,10 @@ class Bounds:
 
     def require_unchanged(self) -> None:
         """Raises `NoCertificateError` where the network is no longer the one that was proved."""
+        require_own(self.net)
         before, now = self._state, _state(self.net)
         for name in before.keys() | now.keys():
-            a, b = before.get(name), now.get(name)
-            same = (
-                a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-                if isinstance(a, Tensor) and isinstance(b, Tensor)
-                else type(a) is type(b) and a == b
-            )
-            if not same:
+            if name not in before or name not in now or not same(before[name], now[name]):
                 reason = (
                     "it has changed since its constants were proved (trained, cast, moved or set). Make a new Certifier"
                 )
@@ -200,9 +195,10 @@ class Bounds:
 
     def _read(self) -> None:
         net = self.net
+        require_own(net)
         for stage in net.stages:
             stage.refresh()  # a few entries written through ``.data`` are not noticed: what is proved is what runs
-        self._state = copy.deepcopy(_state(net))
+        self._state = _state(net, copy=True)
         pending: list[tuple[nn.Module, tuple[int, ...], float]] = []  # glue not yet taken in or counted
         shape = net.input_shape
         for step, L in zip(net.steps, net.step_lipschitz, strict=True):
@@ -438,11 +434,12 @@ def extremes(pairs: Tensor) -> tuple[float, float]:
     return float(off.min()), float(off.max())
 
 
-def _state(net: Network) -> dict[str, Any]:
-    """All that the network's outputs and constants depend on, but for how equilibria are solved."""
-    tensors = {name: v.detach() if isinstance(v, Tensor) else v for name, v in net.state_dict().items()}
-    given = {"glue_lipschitz": net.glue_lipschitz, "glue_rounding": net.glue_rounding}
-    return {**tensors, **given, "modules": repr(net)}
+def _state(net: Network, copy: bool = False) -> dict[str, object]:
+    """All that the network's outputs and constants depend on, but for how equilibria are solved; also W, U, G as they run."""
+    found = settings(net, copy=copy)
+    for k, stage in enumerate(net.stages):
+        found[f"the assembled matrices of stage {k}"] = frozen(stage.assembled(), copy)
+    return found
 
 
 def metrics(dae: DAE) -> list[Tensor]:

@@ -30,6 +30,7 @@ from .container import DATA, GRAPH, MANIFEST, Header, entry_of, read, recover, w
 from .errors import CheckpointError, LipconvertError, NoCertificateError
 from .files import replaced, whole
 from .glue import KNOWN
+from .integrity import require_own
 from .lben import LBEN
 from .network import Network
 from .onnx_author import DTYPES
@@ -81,7 +82,8 @@ def save(
 
     Raises `CheckpointError` for another suffix, a dtype that is not float32 or float64, glue that cannot be rebuilt from
     numbers, NaN, a number of class names that is not that of the outputs, a ``certifier`` of another network, and an
-    equilibrium that no graph solves; `NoCertificateError` where there is no radius, or the network has changed since.
+    equilibrium that no graph solves; `NoCertificateError` where there is no radius, or the network has changed since;
+    `ModifiedModuleError` where hooks and the like compute what no file would hold.
     """
     target = Path(path)
     if target.suffix not in (GRAPH, DATA):
@@ -90,6 +92,7 @@ def save(
         raise CheckpointError(
             str(target), "net", f"a converted network is saved, not a {type(net).__name__}: convert it first"
         )
+    require_own(net)
     if net.dtype not in DTYPES:
         raise CheckpointError(str(target), "dtype", f"{net.dtype} is not written; only float32 and float64 are")
     with_graph = target.suffix == GRAPH

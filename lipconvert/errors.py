@@ -253,6 +253,20 @@ class NoCertificateError(LipconvertError):
         super().__init__(f"{where}: no certificate: {reason}")
 
 
+class ModifiedModuleError(NoCertificateError):
+    """A module of a converted network does not compute what its class says: hooks, replaced methods, a compiled call.
+
+    What would be certified, attacked or saved is not what ``net(x)`` runs. Attributes: ``path`` (dotted path inside the
+    network), ``module_type``, ``where`` (both in words).
+    """
+
+    def __init__(self, path: str, module_type: str, found: str, remedy: str) -> None:
+        self.path, self.module_type = path, module_type
+        self.where = f"{path or 'the network'} ({module_type})"
+        reason = "what runs is then not what its class says, and that alone can be certified, attacked and saved"
+        LipconvertError.__init__(self, f"{self.where}: {found}; {reason}. {remedy}")
+
+
 class ProcessError(LipconvertError):
     """Another process of the same run failed, so that its part of the results is missing.
 

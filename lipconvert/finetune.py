@@ -47,6 +47,7 @@ from .errors import (
     WeightsError,
 )
 from .files import alone, whole
+from .integrity import require_own
 from .lben import LBEN
 from .network import Network
 from .plotting import plot_training, radius_name
@@ -108,11 +109,13 @@ def finetune(
 
     Raises `NotFiniteError` when the loss or the weights are no longer finite (naming the step), `NotConvergedError` from an
     equilibrium, `NotPSDError` and `NoCertificateError` when the constant is lost, `InvalidParameterError` for a
-    configuration that does not fit, or a folder of another run, and `ShapeError` for data that do not fit.
+    configuration that does not fit, or a folder of another run, `ShapeError` for data that do not fit, and
+    `ModifiedModuleError` for hooks and the like: use ``on_step`` and ``on_epoch``, or hooks of parameters, to look on.
     """
     if not isinstance(net, Network):
         hint = "only a converted network is fine-tuned: lipconvert.convert(model). lipconvert.train takes source models"
         raise InvalidParameterError("net", type(net).__name__, hint)
+    require_own(net)
     about = _About(model, data, net.input_shape, folder, save_seconds, tensorboard, on_step, on_epoch)
     return _fit(net, lambda: net, train, validation, config, about)
 

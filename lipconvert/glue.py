@@ -14,8 +14,10 @@ from torch.nn import functional
 from .activations import MaxMin, activation_of, is_activation
 from .compose import require_small
 from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
+from .integrity import recorded
 
 
+@recorded()
 class Normalize(nn.Module):
     """(x − mean)/std per channel (dimension 1), (B, C, ...) → (B, C, ...); Lipschitz constant 1/min(std).
 
@@ -44,8 +46,8 @@ class Normalize(nn.Module):
 
     @property
     def lipschitz(self) -> float:
-        """1/min(std)."""
-        return float(1.0 / self.std.double().min())
+        """1/min|std|."""
+        return float(1.0 / self.std.double().abs().min())
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
@@ -58,6 +60,7 @@ class Normalize(nn.Module):
         return (x - self.mean.reshape(shape)) / self.std.reshape(shape)
 
 
+@recorded()
 class PadChannels(nn.Module):
     """Append zero channels (or features): (B, c, ...) → (B, channels, ...); Lipschitz constant 1."""
 
@@ -79,6 +82,7 @@ class PadChannels(nn.Module):
         return f"channels={self.channels}"
 
 
+@recorded()
 class FirstFeatures(nn.Module):
     """The first k features as the output: (B, n) → (B, k); Lipschitz constant 1."""
 
@@ -99,6 +103,7 @@ class FirstFeatures(nn.Module):
         return f"features={self.features}"
 
 
+@recorded()
 class MeanPool(nn.Module):
     """Non-overlapping k×k pooling scaled to norm 1: the sum over a window divided by k (not k²), so ‖MeanPool‖ = 1.
 
@@ -140,6 +145,11 @@ KNOWN: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+def may_write(module: nn.Module) -> bool:
+    """Whether glue may write into its input: activations in place, and whatever the core does not know."""
+    return bool(getattr(module, "inplace", False)) if is_activation(module) else type(module) not in KNOWN
+
+
 def core_lipschitz(module: nn.Module) -> float | None:
     """The Lipschitz constant of glue the core knows, from its values as they are; None for any other module.
 
@@ -151,7 +161,10 @@ def core_lipschitz(module: nn.Module) -> float | None:
         return 1.0
     if type(module) is nn.AvgPool2d:
         return _pooling_lipschitz(module)
-    return float(getattr(module, "lipschitz", 1.0)) if type(module) in KNOWN else None
+    if type(module) not in KNOWN:
+        return None
+    # as its class has it: an attribute of that name put on an nn.Flatten says nothing
+    return float(module.lipschitz) if isinstance(module, Normalize) else 1.0
 
 
 def _pooling_lipschitz(pool: nn.AvgPool2d) -> float | None:
@@ -189,11 +202,11 @@ def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = ""
     probes = scales * torch.randn(len(scales), size, generator=generator)
     points = torch.cat([torch.zeros(1, size), probes]).double().reshape(-1, *input_shape)
     with torch.no_grad():
-        images = module(points).flatten(1)
+        images = module(points.clone()).flatten(1)
     b, images = images[0], images[1:]
     with torch.enable_grad():
         at = torch.zeros(len(b), *input_shape, dtype=torch.float64, requires_grad=True)
-        y = module(at)
+        y = module(at.clone())
         M = at.new_zeros(len(b), size)  # of a constant
         if y.requires_grad:
             M = torch.autograd.grad(y, at, torch.eye(len(b), dtype=torch.float64).reshape(y.shape))[0].flatten(1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from .bounds import output_shape
 from .errors import CheckpointError, DataError, InvalidParameterError, ShapeError
 from .files import whole
+from .integrity import require_own
 from .lben import LBEN
 from .network import Network
 from .onnx_author import DTYPES, OPSET, Author
@@ -36,10 +37,11 @@ def explicit(net: Network) -> onnx.ModelProto:
     """The network as a plain feed-forward graph in float32: one ``Gemm`` for each block of states, no functions, no loops.
 
     Convolutional stages are ``Pad`` (mode ``wrap``) and ``Conv``. Raises `CheckpointError` for a stage that is a true
-    equilibrium: its W is not triangular, and no feed-forward graph computes it.
+    equilibrium: its W is not triangular, and no feed-forward graph computes it; `ModifiedModuleError` for hooks and the like.
     """
     if not isinstance(net, Network):
         raise InvalidParameterError("net", type(net).__name__, "only a converted network is exported")
+    require_own(net)
     net = copy.deepcopy(net).cpu().float()
     a = Author(torch.float32)
     shape = net.input_shape

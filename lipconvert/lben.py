@@ -23,6 +23,7 @@ from .construction import assemble, construct
 from .dae import DAE
 from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, full_precision, solve
 from .errors import InvalidParameterError, ShapeError
+from .integrity import recorded, require_own
 from .spectrum import Grid, require_finite
 from .state_map import StateMap, triangular_blocks
 
@@ -40,6 +41,7 @@ class _Assembled:
     copies: bool
 
 
+@recorded("options", "name", "_inference", whole=True)
 class LBEN(nn.Module):
     """An L-Lipschitz equilibrium network x (..., p) → y (..., q) with n states, trainable without constraints.
 
@@ -241,7 +243,11 @@ class LBEN(nn.Module):
         return self._given
 
     def dae(self) -> DAE:
-        """The network as a DAE (float64, detached): W rebuilt in float64 (or the one given), Λ = Ψ⁻¹, without V."""
+        """The network as a DAE (float64, detached): W rebuilt in float64 (or the one given), Λ = Ψ⁻¹, without V.
+
+        Raises `ModifiedModuleError` where the stage runs something else.
+        """
+        require_own(self, f"stage {self.name!r}")
         with torch.no_grad():
             Psi = self.log_psi.double().exp()
             G, U, V, S = (self.grid.matrices(p.double()) for p in (self.G, self.U, self.V, self.S))
@@ -254,8 +260,10 @@ class LBEN(nn.Module):
     def running(self) -> DAE:
         """The floats in use, widened to float64 without rounding: W, U and G as assembled in the module's own precision.
 
-        `dae` rebuilds W in float64; this is what a certificate speaks of. Λ = Ψ⁻¹ is only a multiplier.
+        `dae` rebuilds W in float64; this is what a certificate speaks of. Λ = Ψ⁻¹ is only a multiplier. Raises
+        `ModifiedModuleError` where the stage runs something else.
         """
+        require_own(self, f"stage {self.name!r}")
         with torch.no_grad():
             assembled = self._assembled()
             U = assembled.U.new_zeros(*self.grid.batch, len(self.b_z), self.U.shape[1])
@@ -269,6 +277,11 @@ class LBEN(nn.Module):
     def state_map(self) -> StateMap:
         """z → Wz for the weights as they are, assembled once per change of them; see `refresh`."""
         return self._assembled().map
+
+    def assembled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W, and the rows of U and G, that inference runs with; not to be written to."""
+        assembled = self._assembled()
+        return assembled.map.W, assembled.U, assembled.G
 
     def refresh(self) -> None:
         """Forget the assembled W. Needed only after writing a few entries through ``parameter.data``.
@@ -369,8 +382,8 @@ class LBEN(nn.Module):
         return y.reshape(*x.shape[: x.dim() - len(self.input_shape)], *y.shape[1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a file of the whole module takes along: not the assembled W."""
-        return {**self.__dict__, "_inference": None, "_held": None}
+        """What a copy or a file of the whole module takes along: not the assembled W, and no compiled call."""
+        return {**super().__getstate__(), "_inference": None, "_held": None}
 
     def get_extra_state(self) -> dict[str, Any]:
         """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""

@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
-from .glue import core_lipschitz
+from .glue import core_lipschitz, may_write
+from .integrity import recorded
 from .lben import LBEN
 from .schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
 
 
+def passed(step: nn.Module, x: Tensor) -> Tensor:
+    """What a step makes of x; x stays as it is, and with it the caller's input, whatever the step does in place."""
+    return step(x.clone() if not isinstance(step, LBEN) and may_write(step) else x)
+
+
+@recorded("class_names", "provenance", "training_summary", whole=True)
 class Network(nn.Module):
     """Steps in order: `LBEN` stages, and glue modules of known Lipschitz constant.
 
@@ -22,7 +29,7 @@ class Network(nn.Module):
     network from input to output; ``input_shape`` of one sample. ``glue_lipschitz``: for each step None, or the constant of
     glue the core does not know; that of its own glue is read off the module whenever it is asked for. ``glue_rounding``: for
     each step None, or (a, b) of glue the core does not know: evaluated with unit roundoff u it errs by at most u(a + b‖x‖₂);
-    without it nothing is certified. Glue is frozen.
+    without it nothing is certified. Glue is frozen, and in eval mode whatever the network's.
     ``class_names``, ``provenance`` (set by `convert`) and ``training_summary`` go into checkpoints with it.
     Raises `ShapeError` for inputs that do not fit, `NotConvergedError` from the stages.
     """
@@ -50,7 +57,15 @@ class Network(nn.Module):
             if not 0.0 < L < math.inf:
                 raise NoCertificateError(type(step).__name__, f"its Lipschitz constant is {L}")
             if not isinstance(step, LBEN):
-                step.requires_grad_(False)
+                step.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Network:
+        """Set the mode of the stages; glue stays in eval mode, of which its constant is."""
+        super().train(mode)
+        for step in self.steps:
+            if not isinstance(step, LBEN):
+                step.eval()
+        return self
 
     @property
     def stages(self) -> list[LBEN]:
@@ -107,7 +122,7 @@ class Network(nn.Module):
         """The output for a batch, in the network's dtype (the input is cast to it)."""
         x = self.checked(x)
         for step in self.steps:
-            x = step(x)
+            x = passed(step, x)
         return x
 
     def methods(self, x: Tensor) -> list[str]:
@@ -120,7 +135,7 @@ class Network(nn.Module):
                     found.append(solution.method)
                     x = step.readout(solution.value)
                 else:
-                    x = step(x)
+                    x = passed(step, x)
         return found
 
     def info(self) -> NetworkInfo:

@@ -28,6 +28,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from .errors import InvalidParameterError, ProcessError, ShapeError
 from .files import whole
+from .integrity import unshown
 
 Work = Callable[[Tensor, Tensor, int], Mapping[str, Tensor]]
 Seen = Callable[[int, int | None], object]
@@ -86,14 +87,15 @@ def over(
 def fingerprint(*parts: nn.Module | Tensor, **options: Any) -> str:
     """SHA-256 of modules, tensors and options, in hexadecimal: what the ``key`` of `over` is made from.
 
-    Of a module: its representation (sizes and settings that no tensor holds) and its state dict, with names, dtypes, shapes,
-    bytes and extra state. Options and extra state must be tensors or plain data (`InvalidParameterError`); what else the
-    module's output depends on, such as the options of a solver, has to be given as an option.
+    Of a module: its representation (sizes and settings that no tensor holds), what no representation of torch's or our own
+    modules shows (the divisor of a pooling), and its state dict, with names, dtypes, shapes, bytes and extra state. Options
+    and extra state must be tensors or plain data (`InvalidParameterError`); what else the module's output depends on, such as
+    the options of a solver, has to be given as an option.
     """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            _hash(digest, repr(part))
+            _hash(digest, repr(part), unshown(part))
             for name, value in sorted(part.state_dict().items()):
                 _hash(digest, name, value)
         else:

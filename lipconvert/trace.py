@@ -11,17 +11,17 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .activations import MaxMin, activation_of, is_activation
+from .activations import MaxMin, activation_of, is_activation, without_writing
 from .compose import MOST_DENSE, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
 from .glue import KNOWN, Normalize, PadChannels, affine_image, core_lipschitz
+from .integrity import DROPOUT, computes_as, require_source
 from .network import Network
 from .registry import registry
 from .spectrum import Grid, require_finite, same_origin, strided_weight
@@ -31,17 +31,6 @@ CORE = "core"
 DETOUR = "detour"
 # max Λ / min Λ above which a stage is rescaled
 SPREAD = 1e4
-
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether a module is of a kind and computes with that kind's own ``forward``: a subclass may have another one.
-
-    What a plugin asks before it claims a layer. Overriding a constraint (the T of a residual layer) is no obstacle.
-    """
-    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,7 @@ def trace(
         raise UnsupportedModuleError(
             "", str(model), "it is not an nn.Module; give the model itself, not its class or file."
         )
+    require_source(model)
     model = copy.deepcopy(model).to("cpu", torch.float64).eval()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
@@ -100,13 +90,6 @@ class _Walker:
         self.shape, self.plugin, self.dense = shape, plugin, dense
 
     def walk(self, module: nn.Module, path: str) -> Iterator[Step]:
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UnsupportedModuleError(
-                path,
-                type(module).__name__,
-                "forward hooks change what it computes. Remove them; for spectral_norm and weight_norm use the functions of "
-                "torch.nn.utils.parametrizations, which need none.",
-            )
         try:
             claim = registry().to_dae(module, self.shape, self.plugin, path, self.dense)
         except LipconvertError as error:
@@ -122,16 +105,17 @@ class _Walker:
                 if child is not None:
                     yield from self.walk(child, f"{path}.{key}" if path else key)
         elif is_activation(module) or type(module) is MaxMin:
+            module = without_writing(module)
             make = max_min if type(module) is MaxMin else partial(elementwise, activation_of(module, path))
             shape = self._known(path, module)
             if len(shape) in (1, 3):
                 yield from self._layer(module, path, make(shape[0], label(path, module), Grid(shape[1:])), CORE)
             else:
                 yield self._glue(module, path, 1.0)
-        elif isinstance(module, Network):
+        elif computes_as(module, Network):
             for index, step in enumerate(module.steps):
                 yield from self.walk(step, f"{path}.steps.{index}" if path else f"steps.{index}")
-        elif type(module) in (nn.Dropout, nn.AlphaDropout):
+        elif type(module) in DROPOUT:
             return  # the identity of the eval mode that is converted
         elif computes_as(module, nn.Linear):
             yield from self._layer(module, path, affine(module.weight, module.bias, name=label(path, module)), CORE)
@@ -198,7 +182,7 @@ class _Walker:
         probe = torch.randn(probes, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         try:
             with torch.no_grad():
-                return probe, module(probe)
+                return probe, module(probe.clone())
         except LipconvertError as error:
             error.layer = error.layer or f"{label(path, module)!r}, {type(module).__name__}"
             raise

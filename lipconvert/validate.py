@@ -14,8 +14,9 @@ from .conditions import H_matrix
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import EquivalenceError, InvalidParameterError, ShapeError
+from .integrity import require_own
 from .lben import LBEN
-from .network import Network
+from .network import Network, passed
 from .schema import CheckResult, ValidationReport
 from .spectrum import least_eigenvalue
 from .trace import Step, group, stage_dae, trace
@@ -41,7 +42,7 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None =
 
 
 def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None) -> Tensor:
-    y = function(x).flatten(1)
+    y = function(x.clone()).flatten(1)  # x is a leaf, which nothing may write to
     if most is not None and y.shape[1] > most:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(y.shape[1], most, generator=generator, dtype=torch.float64)
@@ -73,7 +74,7 @@ def validate(
     ``plugin``, ``merge``, ``dense``: as it was converted.
 
     Raises `EquivalenceError` with the report when a check fails, unless ``throw`` is False; `ShapeError` for inputs that
-    do not fit; whatever converting the source raises.
+    do not fit; `ModifiedModuleError` for hooks and the like on the network; whatever converting the source raises.
     """
     groups = group(trace(model, net.input_shape, plugin, dense), merge)
     daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
@@ -91,6 +92,7 @@ def compare(
     throw: bool = True,
 ) -> ValidationReport:
     """`validate`, for a source that is traced and composed already: ``daes``, None for glue, one for each of ``groups``."""
+    require_own(net)
     if len(groups) != len(net.steps):
         hint = "A network made with merge or dense is validated with the same."
         expected, actual = f"{len(groups)} steps as its source has", f"{len(net.steps)} steps"
@@ -103,14 +105,17 @@ def compare(
     dtype, device = net.dtype, net.device
     if dtype not in TOLERANCE:
         raise InvalidParameterError("the dtype of the network", dtype, "networks are compared in float32 or float64")
-    source = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    original = copy.deepcopy(model).to("cpu", torch.float64).eval()
     network = copy.deepcopy(net).eval()
-    for module in (source, network):
+    for module in (original, network):
         module.requires_grad_(False)
+
+    def source(x: Tensor) -> Tensor:
+        return original(x.clone())  # its first activation may work in place
 
     def through_daes(x: Tensor) -> Tensor:
         for members, dae in zip(groups, daes, strict=True):
-            x = members[0].module(x) if dae is None else evaluate(dae, x)
+            x = passed(members[0].module, x) if dae is None else evaluate(dae, x)
         return x
 
     def through_network(x: Tensor) -> Tensor:
