@@ -19,7 +19,7 @@ from . import data
 from .certify import RADII, certify
 from .convert import convert
 from .errors import InvalidParameterError
-from .files import whole
+from .files import alone, whole
 from .finetune import train, versions
 from .plotting import plot_certified_accuracy
 from .registry import registry
@@ -154,10 +154,11 @@ def run(
     )
     folder = Path(out)
     title = f"Certified accuracy on digits ({len(test[1])} test images)"
-    plot_certified_accuracy(rows, folder / "certified-accuracy.png", title)
-    with whole(folder / "report.md") as partial:
-        partial.write_text(markdown(report), encoding="utf-8")
-    report.write(folder / "report.json")
+    with alone(folder, patient=True):  # the three belong together
+        plot_certified_accuracy(rows, folder / "certified-accuracy.png", title)
+        with whole(folder / "report.md") as partial:
+            partial.write_text(markdown(report), encoding="utf-8")
+        report.write(folder / "report.json")
     return report
 
 

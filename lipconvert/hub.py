@@ -13,7 +13,7 @@ from .certify import Certifier
 from .checkpoint import info, load, save
 from .container import DATA, GRAPH, read_manifest
 from .errors import CheckpointError, InvalidParameterError
-from .files import whole
+from .files import alone, whole
 from .network import Network
 from .schema import NetworkInfo, RobustnessReport
 
@@ -31,17 +31,20 @@ def write_folder(
     """The files of a model repository in a folder: the checkpoint ``model.onnx`` + ``model.safetensors``, ``config.json``
     (its manifest), and ``README.md``, the model card with the certified accuracies of ``report``.
 
-    ``outputs``, ``certifier``: as `lipconvert.save` takes them. Raises what `save` raises.
+    ``outputs``, ``certifier``: as `lipconvert.save` takes them. Raises what `save` raises, and `InvalidParameterError` where
+    another process that writes to the folder does not end.
     """
     target = Path(folder)
     graph = target / (MODEL + GRAPH)
-    save(net, graph, outputs=outputs, certifier=certifier)
-    manifest = read_manifest(graph)
-    config = {"library_name": "lipconvert", "model_type": "lipconvert", "lipconvert": manifest.model_dump(mode="json")}
-    with whole(target / CONFIG) as partial:
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    with whole(target / CARD) as partial:
-        partial.write_text(card(info(graph), report), encoding="utf-8")
+    with alone(target, patient=True):
+        save(net, graph, outputs=outputs, certifier=certifier)
+        manifest = read_manifest(graph)
+        said = manifest.model_dump(mode="json")
+        config = {"library_name": "lipconvert", "model_type": "lipconvert", "lipconvert": said}
+        with whole(target / CONFIG) as partial:
+            partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with whole(target / CARD) as partial:
+            partial.write_text(card(info(graph), report), encoding="utf-8")
 
 
 def card(found: NetworkInfo, report: RobustnessReport | None = None) -> str:

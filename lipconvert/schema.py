@@ -692,4 +692,5 @@ def schema_text(name: str) -> str:
 def main(directory: str) -> None:
     """Write ``<name>.schema.json`` for every document."""
     for name in DOCUMENTS:
-        Path(directory, f"{name}.schema.json").write_text(schema_text(name), encoding="utf-8")
+        with whole(Path(directory, f"{name}.schema.json")) as partial:
+            partial.write_text(schema_text(name), encoding="utf-8")
