@@ -21,12 +21,13 @@ import onnx.inliner
 import onnx_ir as ir
 import torch
 from onnx import StringStringEntryProto
+from pydantic_core import PydanticSerializationError
 from torch import Tensor, nn
 
 from .activations import Activations, activation_module, activation_of, is_activation
 from .bounds import class_pairs, extremes, metrics, output_shape
 from .certify import Certifier
-from .container import DATA, GRAPH, MANIFEST, Header, entry_of, finish, read, write_data, write_graph
+from .container import DATA, GRAPH, MANIFEST, Header, entry_of, finish, location_of, read, write_data, write_graph
 from .errors import CheckpointError, LipconvertError, NoCertificateError
 from .files import replaced, whole
 from .glue import KNOWN
@@ -91,6 +92,8 @@ def save(
     if net.dtype not in DTYPES:
         raise CheckpointError(str(target), "dtype", f"{net.dtype} is not written; only float32 and float64 are")
     with_graph = target.suffix == GRAPH
+    data = target.with_suffix(DATA)
+    location = location_of(data) if with_graph and not embed else ""
     if (embed or outputs or inline) and not with_graph:
         raise CheckpointError(
             str(target), "path", f"embed, outputs and inline are about a graph: the suffix must be {GRAPH}"
@@ -122,13 +125,12 @@ def save(
         with whole(target) as partial:
             write_graph(partial, graph_of(net, plans, embedded(tensors), outputs, manifest, inline))
         return
-    data = target.with_suffix(DATA)
     # The graph is replaced first: from then on the pair is the new one, and `recover` finishes what a kill left undone.
     with replaced(target, data) as (partial_graph, partial_data):
         finish(target)
         write_data(partial_data, tensors, manifest)
         places = Header.read(partial_data).places
-        held = external(tensors, data.name, places)
+        held = external(tensors, location, places)
         write_graph(partial_graph, graph_of(net, plans, held, outputs, manifest, inline))
 
 
@@ -178,6 +180,11 @@ def _described(
         provenance=net.provenance,
         training=net.training_summary,
     )
+    try:
+        manifest.model_dump_json()
+    except PydanticSerializationError as error:
+        reason = f"a name in it cannot be written ({error}): it has bytes or halves of characters that are no text"
+        raise CheckpointError(path, "manifest", reason) from error
     return manifest, tensors, plans
 
 

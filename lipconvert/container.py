@@ -324,6 +324,19 @@ def _manifest(path: str, text: str) -> Manifest:
     return manifest
 
 
+def location_of(data: Path) -> str:
+    """The name of a data file as a graph has it, in Unicode whatever the locale. Raises `CheckpointError` where it cannot."""
+    try:
+        name = os.fsencode(data.name).decode()
+    except UnicodeDecodeError:
+        reason = "its bytes are no text (UTF-8), so that no graph can name it"
+        raise CheckpointError(str(data), "path", f"{reason}: take another name, or embed the data") from None
+    if "\\" in name:
+        reason = "there is a backslash in it, which parts folders elsewhere"
+        raise CheckpointError(str(data), "path", f"{reason}: take another name, or embed the data")
+    return name
+
+
 def _data_of(path: Path, initializers: Sequence[TensorProto]) -> Path:
     """The one data file of a graph: beside it, under a bare name. Anything else is refused unopened."""
     locations = {_external(path, t)[0] for t in initializers}
@@ -337,7 +350,7 @@ def _data_of(path: Path, initializers: Sequence[TensorProto]) -> Path:
             raise CheckpointError(
                 str(path), "external data", f"its locations {sorted(locations)} are not one file beside it"
             )
-    return path.with_name(locations.pop())
+    return path.with_name(os.fsdecode(locations.pop().encode()))
 
 
 def _external(path: Path, tensor: TensorProto) -> tuple[str, int, int]:

@@ -19,6 +19,7 @@ from . import data
 from .certify import RADII, certify
 from .convert import convert
 from .errors import InvalidParameterError
+from .escaping import markdown as escaped
 from .files import alone, whole
 from .finetune import train, versions
 from .plotting import plot_certified_accuracy
@@ -194,7 +195,7 @@ def markdown(report: DemoReport) -> str:
         "",
         "| " + " | ".join((*HEADINGS[:6], *(f"certified at {r}" for r in HEADINGS[6:]))) + " |",
         "|:--|" + "--:|" * (len(HEADINGS) - 1),
-        *("| " + " | ".join(cells(row)) + " |" for row in report.rows),
+        *("| " + " | ".join(map(escaped, cells(row))) + " |" for row in report.rows),
         "",
         "Accuracies in %; radii are l2. *Max output difference*: the largest entry of |source - LBEN| over the test set, "
         "in float64. *Least eigenvalue of H*: of condition (10), 0 up to round-off for most converted networks.",
@@ -204,7 +205,7 @@ def markdown(report: DemoReport) -> str:
         "| architecture | training (s) | conversion (s) | solver |",
         "|:--|--:|--:|:--|",
         *(
-            f"| {row.architecture} | {row.train_seconds:.1f} | {row.convert_seconds:.2f} "
+            f"| {escaped(row.architecture)} | {row.train_seconds:.1f} | {row.convert_seconds:.2f} "
             f"| {', '.join(row.validation.methods)} |"
             for row in report.rows
         ),
