@@ -21,7 +21,6 @@ import onnx.inliner
 import onnx_ir as ir
 import torch
 from onnx import StringStringEntryProto
-from pydantic_core import PydanticSerializationError
 from torch import Tensor, nn
 
 from .activations import Activations, activation_module, activation_of, is_activation
@@ -182,7 +181,7 @@ def _described(
     )
     try:
         manifest.model_dump_json()
-    except PydanticSerializationError as error:
+    except ValueError as error:  # of pydantic, where UTF-8 has no such character
         reason = f"a name in it cannot be written ({error}): it has bytes or halves of characters that are no text"
         raise CheckpointError(path, "manifest", reason) from error
     return manifest, tensors, plans
