@@ -210,8 +210,8 @@ def read(path: str | Path) -> Stored:
 def _state(path: Path) -> list[tuple[int, ...] | None]:
     """What is another one as soon as a checkpoint has been saved anew."""
     found: list[tuple[int, ...] | None] = []
-    data = path.with_suffix(DATA)
-    for file in (path, data, partial_of(data)):
+    others = [path.with_suffix(DATA), partial_of(path.with_suffix(DATA))] if path.suffix == GRAPH else []
+    for file in (path, *others):
         try:
             status = file.stat()
             found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
