@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .activations import Activations, activation_module, activation_of, is_activation
 from .bounds import class_pairs, extremes, metrics, output_shape
 from .certify import Certifier
-from .container import DATA, GRAPH, MANIFEST, Header, entry_of, read, recover, write_data, write_graph
+from .container import DATA, GRAPH, MANIFEST, Header, entry_of, finish, location_of, read, write_data, write_graph
 from .errors import CheckpointError, LipconvertError, NoCertificateError
 from .files import replaced, whole
 from .glue import KNOWN
@@ -73,7 +73,8 @@ def save(
     """Write a network: ``net.onnx`` and ``net.safetensors`` beside it, or the latter alone.
 
     ``path``: with the suffix ``.onnx`` both are written, and what is read is the old pair or the new one, also after a kill;
-    with ``.safetensors`` only the data, without a graph. ``embed``: a single ``.onnx`` that holds its data. ``outputs``:
+    with ``.safetensors`` only the data, without a graph. Two that are saved to one path at a time are saved one after the
+    other. ``embed``: a single ``.onnx`` that holds its data. ``outputs``:
     what the graph returns beside the logits: ``"residual"``, the largest residual of the stages, (B,), and ``"radius"``, the
     certified radius of each sample, (B,). ``inline``: a graph without functions, for runtimes that have none. ``prove``:
     prove each stage's constant and well-posedness for the floats stored, and write the multipliers, so that `verify` only
@@ -83,7 +84,8 @@ def save(
     Raises `CheckpointError` for another suffix, a dtype that is not float32 or float64, glue that cannot be rebuilt from
     numbers, NaN, a number of class names that is not that of the outputs, a ``certifier`` of another network, and an
     equilibrium that no graph solves; `NoCertificateError` where there is no radius, or the network has changed since;
-    `ModifiedModuleError` where hooks and the like compute what no file would hold.
+    `ModifiedModuleError` where hooks and the like compute what no file would hold; `InvalidParameterError` where another
+    writer of the same files does not end; `OSError`.
     """
     target = Path(path)
     if target.suffix not in (GRAPH, DATA):
@@ -96,6 +98,8 @@ def save(
     if net.dtype not in DTYPES:
         raise CheckpointError(str(target), "dtype", f"{net.dtype} is not written; only float32 and float64 are")
     with_graph = target.suffix == GRAPH
+    data = target.with_suffix(DATA)
+    location = location_of(data) if with_graph and not embed else ""
     if (embed or outputs or inline) and not with_graph:
         raise CheckpointError(
             str(target), "path", f"embed, outputs and inline are about a graph: the suffix must be {GRAPH}"
@@ -120,19 +124,19 @@ def save(
     manifest, tensors, plans = _described(net, str(target), with_graph, prove, certifier, RADIUS in outputs)
     if not with_graph:
         with whole(target) as partial:
+            finish(target.with_suffix(GRAPH))  # of which this would overwrite what a kill left of its data
             write_data(partial, tensors, manifest)
         return
     if embed:
         with whole(target) as partial:
             write_graph(partial, graph_of(net, plans, embedded(tensors), outputs, manifest, inline))
         return
-    data = target.with_suffix(DATA)
-    recover(target)
     # The graph is replaced first: from then on the pair is the new one, and `recover` finishes what a kill left undone.
     with replaced(target, data) as (partial_graph, partial_data):
+        finish(target)
         write_data(partial_data, tensors, manifest)
         places = Header.read(partial_data).places
-        held = external(tensors, data.name, places)
+        held = external(tensors, location, places)
         write_graph(partial_graph, graph_of(net, plans, held, outputs, manifest, inline))
 
 
@@ -189,6 +193,11 @@ def _described(
         provenance=net.provenance,
         training=net.training_summary,
     )
+    try:
+        manifest.model_dump_json()
+    except ValueError as error:  # of pydantic, where UTF-8 has no such character
+        reason = f"a name in it cannot be written ({error}): it has bytes or halves of characters that are no text"
+        raise CheckpointError(path, "manifest", reason) from error
     return manifest, tensors, plans
 
 

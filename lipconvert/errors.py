@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .escaping import paragraph
+
 
 class LipconvertError(Exception):
     """Base of all errors raised on purpose by lipconvert. The command line answers it with exit code 2.
 
     ``layer``: the path of the layer it was raised for, where a plugin could not know it; ``step``: of the training run in
-    which it was raised, counted from 0. Both are set by the core.
+    which it was raised, counted from 0. Both are set by the core. As text it is fit for a terminal, whatever names are in it.
     """
 
     layer: str | None = None
@@ -22,7 +24,8 @@ class LipconvertError(Exception):
 
     def __str__(self) -> str:
         layer = f" [layer {self.layer}]" if self.layer is not None else ""
-        return super().__str__() + layer + (f" [step {self.step} of the training]" if self.step is not None else "")
+        step = f" [step {self.step} of the training]" if self.step is not None else ""
+        return paragraph(super().__str__() + layer + step)
 
 
 class ShapeError(LipconvertError):

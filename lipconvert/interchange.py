@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .bounds import output_shape
 from .errors import CheckpointError, DataError, InvalidParameterError, ShapeError
-from .files import whole
+from .files import alone, whole
 from .integrity import require_own
 from .lben import LBEN
 from .network import Network
@@ -176,10 +176,23 @@ def export_vnnlib(
 
     ``data``: a map-style data set of (input, label); ``samples``: stop after so many properties. Raises `DataError` where no
     sample is classified correctly, `CheckpointError` for a network without feed-forward form, `ShapeError` where the output
-    is no vector of logits.
+    is no vector of logits, `InvalidParameterError` where another process that writes to the folder does not end.
     """
-    target = Path(folder)
     model = explicit(net)
+    with alone(folder, patient=True):
+        return _export(net, model, Path(folder), data, radius, samples, box, timeout)
+
+
+def _export(
+    net: Network,
+    model: onnx.ModelProto,
+    target: Path,
+    data: Any,
+    radius: float,
+    samples: int | None,
+    box: tuple[float, float] | None,
+    timeout: int,
+) -> list[Path]:
     single = copy.deepcopy(net).cpu().float()
     written: list[Path] = []
     for k in range(len(data)):

@@ -118,6 +118,8 @@ class Registry:
         self._plugins[name] = Plugin(name, distribution, version, path, hooks)
         try:
             info = self.ask(name, "describe")
+            if info is not None and not _is_text(info):
+                raise PluginError(name, f"it must return a PluginInfo of texts, not {info!r}")
         except LipconvertError as error:
             self._manager.unregister(name=name)
             del self._plugins[name]
@@ -287,6 +289,10 @@ class _Options(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._options)
+
+
+def _is_text(info: object) -> bool:
+    return isinstance(info, PluginInfo) and all(isinstance(said, str) for said in vars(info).values())
 
 
 def _source(entry: EntryPoint) -> tuple[str, str]:
