@@ -20,6 +20,7 @@ from .activations import MaxMin, is_activation
 from .dae import DAE
 from .errors import InsufficientMemoryError, LipconvertError
 from .glue import core_lipschitz
+from .integrity import DROPOUT
 from .registry import registry
 from .spectrum import Grid
 
@@ -93,7 +94,7 @@ def sizes_of(model: nn.Module, input_shape: tuple[int, ...], plugin: str | None,
             else:
                 found.append(StageSize(path or type(module).__name__, states, grid))
             apart = False
-    except (LipconvertError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+    except (LipconvertError, ArithmeticError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
         pass  # whoever converts it says what is wrong; what was found before counts
     return found
 
@@ -109,6 +110,8 @@ def _layers(
                 for layer in _layers(child, shape, f"{path}.{key}" if path else key, plugin):
                     yield layer
                     shape = layer[3]
+        return
+    if type(module) in DROPOUT:
         return
     try:
         shape = tuple(module(torch.empty(1, *shape, device="meta", dtype=_dtype(module))).shape[1:])

@@ -507,7 +507,7 @@ def test_glue_is_in_eval_mode_whatever_the_network(monkeypatch):
         def forward(self, x):
             return x + 100.0 * torch.randn_like(x) if self.training else x
 
-    net = lc.Network([Noisy(), *network().steps], [1.0, None, None], (6,))
+    net = lc.Network([Noisy(), *network().steps], [1.0, None, None], (6,), [(0.0, 0.0), None, None])
     x = X
     assert torch.equal(net(x), net(x))
     assert torch.equal(net.train()(x), net(x))
@@ -705,14 +705,15 @@ def in_place_networks(dtype: torch.dtype) -> list[tuple[lc.Network, lc.Network]]
     found = []
     for glue in ([nn.LeakyReLU(0.1, inplace=True)], [nn.Flatten(), nn.ELU(inplace=True)], [Clipped()], [Clipped(True)]):
         constants = [1.0 if isinstance(module, Clipped) else None for module in glue] + [None] * len(stages)
-        net = lc.Network(copy.deepcopy([*glue, *stages]), constants, (6,)).to(dtype).eval()
+        rounding = [None if constant is None else (0.0, 0.0) for constant in constants]
+        net = lc.Network(copy.deepcopy([*glue, *stages]), constants, (6,), rounding).to(dtype).eval()
 
         class Apart(nn.Module):
             def forward(self, x):
                 return x.clamp(min=0.3)
 
         other = [Apart() if isinstance(module, Clipped) else apart(module) for module in glue]
-        found.append((net, lc.Network(copy.deepcopy([*other, *stages]), constants, (6,)).to(dtype).eval()))
+        found.append((net, lc.Network(copy.deepcopy([*other, *stages]), constants, (6,), rounding).to(dtype).eval()))
     return found
 
 
