@@ -29,7 +29,7 @@ from .bounds import Bounds
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import InvalidParameterError, NoCertificateError
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .glue import KNOWN, FirstFeatures, MeanPool, Normalize, PadChannels
 from .lben import LBEN
 from .proofs import Enclosure, prove_gains
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
@@ -484,7 +484,9 @@ class Accuracy:
             if isinstance(step, nn.Softplus):  # torch's jumps where it becomes linear
                 jump = math.exp(-step.threshold) / step.beta * numel**0.5 * SLACK
         else:
-            # windows, or a third party's own: sums of no more terms than there are entries
+            # windows, or a third party's own: sums of no more terms than there are entries, convolutions perhaps
+            if type(step) not in KNOWN:
+                u = max(u, unit_roundoff(x.dtype, x.device, convolutions=True))
             count = 8 + (_window(step) if type(step) in (MeanPool, nn.AvgPool2d) else numel)
             zero = step(x.new_zeros(1, *x.shape[1:]))
             constant = float(_norm(zero)) / L
