@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import isolated, require_no_autocast
 from .bounds import Bounds
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
-from .errors import InvalidParameterError, NoCertificateError
+from .errors import NoCertificateError
 from .glue import KNOWN, FirstFeatures, MeanPool, Normalize, PadChannels
 from .lben import LBEN
 from .proofs import Enclosure, prove_gains
@@ -173,6 +174,7 @@ class Accuracy:
     Raises `NoCertificateError` where no metric makes a stage's I − W strongly monotone with proof.
     """
 
+    @isolated
     def __init__(self, bounds: Bounds) -> None:
         self.net = net = bounds.net
         self._bounds = bounds
@@ -311,6 +313,7 @@ class Accuracy:
             growth=growth,
         )
 
+    @isolated
     def evaluate(self, x: Tensor, *, double: bool = False) -> Evaluation:
         """Run the network on a batch in its own floats, with bounds of its errors; no gradient.
 
@@ -320,10 +323,7 @@ class Accuracy:
         """
         net = self.net
         self.require_unchanged()
-        if torch.is_autocast_enabled(net.device.type):
-            raise InvalidParameterError(
-                "autocast", "enabled", "a certificate is about one dtype; leave the autocast block"
-            )
+        require_no_autocast(net.device)
         with torch.no_grad():
             x = net.checked(x)
             if double:
@@ -331,6 +331,7 @@ class Accuracy:
             sums = {k: self._sums_of(k, double) for k in self._stages}
             return self._walk(x, sums, unit_roundoff(x.dtype, x.device), torch.finfo(x.dtype).tiny, double)
 
+    @isolated
     def everywhere(self, roads: Mapping[int, Road]) -> tuple[Tensor, Tensor | None]:
         """(error (2,), pair_error (m, 2)) at any input x, affine in ‖x‖, of the network run by other roads in its dtype.
 

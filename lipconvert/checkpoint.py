@@ -24,6 +24,7 @@ from onnx import StringStringEntryProto
 from torch import Tensor, nn
 
 from .activations import Activations, activation_module, activation_of, is_activation
+from .arguments import isolated
 from .bounds import class_pairs, extremes, metrics, output_shape
 from .certify import Certifier
 from .container import DATA, GRAPH, MANIFEST, Header, entry_of, read, recover, write_data, write_graph
@@ -55,6 +56,7 @@ MOST_VALUES = 10**9
 DERIVED, PAIRS, ERRORS = ("W", "multiplier", "metric"), "pairs", "errors"
 
 
+@isolated
 def save(
     net: Network,
     path: str | Path,
@@ -272,6 +274,7 @@ def graph_of(
     return model
 
 
+@isolated
 def load(path: str | Path) -> Network:
     """Read a network written by `save`, from its graph and data, or from the data alone: the same tensors bit for bit.
 
@@ -281,6 +284,7 @@ def load(path: str | Path) -> Network:
     return network_of(stored.manifest, stored.tensors, str(path))
 
 
+@isolated
 def info(path: str | Path) -> NetworkInfo:
     """What there is to say about a checkpoint: its network, how it is written, what was proved. Raises `CheckpointError`."""
     stored = read(path)
@@ -357,7 +361,7 @@ def _require_shapes(net: Network, path: str) -> None:
             shape = (len(step.b_y), *step.grid.image)
             continue
         try:
-            like = next(iter(step.buffers()), torch.zeros(()))
+            like = next(iter(step.buffers()), torch.zeros((), dtype=torch.float32, device="cpu"))
             shape = tuple(
                 copy.deepcopy(step).to("meta")(torch.zeros(1, *shape, dtype=like.dtype, device="meta")).shape[1:]
             )

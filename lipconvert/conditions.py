@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import isolated
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
 from .spectrum import add_gram, least_eigenvalue, roundoff
@@ -99,6 +100,7 @@ class Conditions:
         return max(self.margin_3 / 2.0, 0.0)
 
 
+@isolated
 def check(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Conditions:
     """Measure conditions (3), (4) and (10) of a DAE at (Λ, L), by default its own.
 
@@ -125,6 +127,7 @@ def check(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None
     )
 
 
+@isolated
 def strict_multiplier(dae: DAE, delta: float) -> Tensor:
     """Λ_δ, (n,): a multiplier for which H(Λ_δ, L(1+δ)) ≻ 0 where the DAE's own Λ only gives H(Λ, L) ⪰ 0.
 

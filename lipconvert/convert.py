@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import isolated, number
 from .compose import affine, coarsen, compose, densify, elementwise, eliminate, max_min
 from .dae import DAE
 from .equilibrium import DEFAULT, SolverOptions
-from .errors import InvalidParameterError
 from .glue import affine_image
 from .lben import LBEN
 from .network import Network
@@ -24,6 +24,7 @@ from .trace import Step, glue_dae, group, label, stage_dae, trace, unshuffling
 from .validate import compare
 
 
+@isolated
 def to_dae(
     model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None, *, dense: bool = False
 ) -> DAE:
@@ -56,7 +57,7 @@ def _in_order(dae: DAE, unshuffled: Sequence[nn.Module], shape: tuple[int, ...])
     """A dense DAE of unshuffled images as one of the images themselves, flattened: the columns of U in their order."""
     if not unshuffled:
         return dae
-    place = torch.arange(math.prod(shape)).reshape(1, *shape)
+    place = torch.arange(math.prod(shape), device=dae.U.device).reshape(1, *shape)
     U = torch.empty_like(dae.U)
     U[:, nn.Sequential(*unshuffled)(place).flatten()] = dae.U
     return dae.derive(U=U)
@@ -72,6 +73,7 @@ def _flat_dae(step: Step) -> DAE:
     return affine(*affine_image(step.module, size, step.path), step.lipschitz, name)
 
 
+@isolated
 def convert(
     model: nn.Module,
     input_shape: Iterable[int] | None = None,
@@ -97,8 +99,8 @@ def convert(
 
     Raises what `trace` raises, `NotPSDError` and `EquivalenceError`.
     """
-    if not epsilon >= 0.0:
-        raise InvalidParameterError("epsilon", epsilon, "it must be finite and not negative")
+    epsilon = number(epsilon, "epsilon", "it must be finite and not negative", least=0.0)
+    delta = number(delta, "delta", "it must be finite and not negative", least=0.0)
     groups = group(trace(model, input_shape, plugin, dense), merge)
     daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
     modules: list[nn.Module] = []

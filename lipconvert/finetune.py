@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from .arguments import isolated, plain_tensor
 from .attack import class_labels
 from .augment import Augmentation
 from .certify import Certifier
@@ -77,6 +78,7 @@ OnStep = Callable[[int, int, float], object]
 OnEpoch = Callable[[EpochRecord], object]
 
 
+@isolated
 def finetune(
     net: Network,
     train: Any,
@@ -117,6 +119,7 @@ def finetune(
     return _fit(net, lambda: net, train, validation, config, about)
 
 
+@isolated
 def train(
     model: nn.Module,
     train: Any,
@@ -207,13 +210,20 @@ class Samples:
         if isinstance(data, Images):
             return cls(data.pixels, data.labels, data.top)
         x, labels = cls._tensors(data, where)
+        x, labels = x.detach(), labels.detach()
         if len(x) == 0:
             raise InvalidParameterError(where, "empty", "at least one sample is needed")
         if not x.is_floating_point():
             raise InvalidParameterError(
                 f"the inputs of {where}", x.dtype, "pixels must be floats (in [0, 1], not 0..255)"
             )
-        if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(x):
+        if (
+            labels.dtype == torch.bool
+            or labels.is_floating_point()
+            or labels.is_complex()
+            or labels.dim() != 1
+            or len(labels) != len(x)
+        ):
             shape = f"{labels.dtype} {tuple(labels.shape)}"
             raise InvalidParameterError(f"the labels of {where}", shape, f"they must be ({len(x)},) integers")
         if bad := int((~torch.isfinite(x)).sum()):
@@ -227,7 +237,7 @@ class Samples:
         if type(data) is TensorDataset:
             data = data.tensors
         if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, ARRAYS) for part in data):
-            return torch.as_tensor(data[0]), torch.as_tensor(data[1])
+            return plain_tensor(data[0], f"the inputs of {where}"), plain_tensor(data[1], f"the labels of {where}")
         loader = isinstance(data, DataLoader)
         if not loader and (
             isinstance(data, str | Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
@@ -245,7 +255,8 @@ class Samples:
                 raise InvalidParameterError(what, type(x).__name__, reason)
             if not isinstance(label, (*ARRAYS, int, np.integer)):
                 raise InvalidParameterError(what, type(label).__name__, "its label must be an integer")
-            x, label = torch.as_tensor(x), torch.as_tensor(label)
+            x = plain_tensor(x, f"the input of {what}").detach()
+            label = plain_tensor(np.asarray(label) if isinstance(label, int) else label, f"the label of {what}")
             inputs.append(x if loader else x.unsqueeze(0))
             labels.append(label if loader else label.reshape(1))
             if inputs[-1].dim() == 0 or labels[-1].dim() == 0 or len(inputs[-1]) != len(labels[-1]):
@@ -411,7 +422,7 @@ class _Support:
         self.stage = stage
         self.outside = self._absent(stage.grid.kernels(stage.dae().W).to(stage.S.dtype))
         self.outside[:, :, 0, 0] &= ~torch.eye(
-            len(self.outside), dtype=torch.bool
+            len(self.outside), dtype=torch.bool, device=self.outside.device
         )  # W − εΨ is there whatever the support
 
     def _absent(self, K: Tensor) -> Tensor:

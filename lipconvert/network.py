@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import inputs_of, sizes
 from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .glue import core_lipschitz
 from .lben import LBEN
 from .schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
+
+# What an input shape is.
+SAMPLE = "positive sizes of one sample, such as (1, 28, 28)"
 
 
 class Network(nn.Module):
@@ -33,7 +38,7 @@ class Network(nn.Module):
             raise ShapeError("glue_lipschitz", f"{len(steps)} entries", f"{len(glue_lipschitz)} entries")
         self.steps = nn.ModuleList(steps)
         self.glue_lipschitz = tuple(None if g is None else float(g) for g in glue_lipschitz)
-        self.input_shape = tuple(int(size) for size in input_shape)
+        self.input_shape = sizes(input_shape, "input_shape", SAMPLE)
         self.class_names: tuple[str, ...] = ()
         self.provenance: Provenance | None = None
         self.training_summary: TrainingSummary | None = None
@@ -61,14 +66,30 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters, or of the numbers of glue where there are none."""
-        numbers = (t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
-        return next(numbers, torch.float64)
+        """The dtype of all numbers of all steps; float64 where there are none. Raises `InvalidParameterError` for several."""
+        return self._common("dtype", torch.float64)
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        """The device of all numbers of all steps, else the CPU. Raises `InvalidParameterError` for several."""
+        return self._common("device", torch.device("cpu"))
+
+    def _common(self, what: str, default: Any) -> Any:
+        found, first = default, -1
+        for k, step in enumerate(self.steps):
+            for tensor in (*step.parameters(), *step.buffers()):
+                if not tensor.is_floating_point():
+                    continue
+                if first < 0:
+                    found, first = getattr(tensor, what), k
+                elif getattr(tensor, what) != found:
+                    name = step.name if isinstance(step, LBEN) else type(step).__name__
+                    raise InvalidParameterError(
+                        f"the {what} of step {k} ({name!r})",
+                        getattr(tensor, what),
+                        f"that of step {first} is {found}: a network is cast and moved as a whole, as by net.float()",
+                    )
+        return found
 
     @property
     def lipschitz(self) -> float:
@@ -81,16 +102,16 @@ class Network(nn.Module):
             stage.options = options
         return self
 
-    def checked(self, x: Tensor) -> Tensor:
-        """A batch (B, *input_shape) in the network's dtype. Raises `ShapeError`, `InvalidParameterError` for integers."""
+    def checked(self, x: Any) -> Tensor:
+        """A batch (B, *input_shape) in the network's dtype: the one place where inputs are admitted (`inputs_of`).
+
+        Raises `ShapeError`, and `InvalidParameterError` for what are no floats of an ordinary tensor or array.
+        """
+        x = inputs_of(x, "the input of the network")
         if tuple(x.shape[1:]) != self.input_shape or x.dim() < 1:
             shape = ", ".join(["B", *map(str, self.input_shape)])
             raise ShapeError(
                 "the input of the network", f"({shape})", tuple(x.shape), "The first dimension is the batch."
-            )
-        if not x.is_floating_point():
-            raise InvalidParameterError(
-                "the dtype of the input", x.dtype, "pixels must be floats (in [0, 1], not 0..255)"
             )
         return x.to(self.dtype)
 
@@ -102,9 +123,10 @@ class Network(nn.Module):
         return x
 
     def methods(self, x: Tensor) -> list[str]:
-        """Which solver each stage takes for a batch, in order."""
+        """Which solver each stage takes for a batch, in order; the batch, and what is raised, as for `forward`."""
         found = []
         with torch.no_grad():
+            x = self.checked(x)
             for step in self.steps:
                 if isinstance(step, LBEN):
                     solution = step.solve(x)

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .arguments import isolated
 from .conditions import strict_multiplier
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
@@ -72,6 +73,7 @@ class Enclosure:
     radius_G: Tensor | None = None
 
     @classmethod
+    @isolated
     def of(cls, dae: DAE) -> Enclosure:
         """The DAE's own floats, nothing around them; on the CPU, where proofs are made."""
         return cls(dae.W.cpu(), dae.U.cpu(), dae.G.cpu(), dae.grid)
@@ -161,6 +163,7 @@ class Enclosure:
         return H, d, error
 
 
+@isolated
 def prove_lmi(dae: DAE | Enclosure, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Proof | NotProved:
     """Prove H(Λ, L) ≻ 0, condition (4), for these very floats; Λ and L default to the DAE's own.
 
@@ -179,6 +182,7 @@ def prove_lmi(dae: DAE | Enclosure, Lambda: Tensor | None = None, lipschitz: flo
     return _not_proved(H, error, L, f"H(Λ, L) at L = {L:.9g}")
 
 
+@isolated
 def prove_constant(dae: DAE, enclosure: Enclosure | None = None) -> Proof | NotProved:
     """The DAE's own L, proved at L(1 + δ) for the least δ of `DELTAS` that has a proof, by Λ or the strict multiplier Λ_δ.
 
@@ -196,6 +200,7 @@ def prove_constant(dae: DAE, enclosure: Enclosure | None = None) -> Proof | NotP
     return _not_proved(H, error, L, f"H(Λ, L) of {dae.name!r}, up to L = {L:.9g}")
 
 
+@isolated
 def prove_monotone(dae: DAE | Enclosure, metric: Tensor) -> float:
     """A proved μ ≥ 0 with X(P) = 2P − PW − W′P ⪰ 2μP for a diagonal metric P (n,); 0 where there is no proof.
 
@@ -236,6 +241,7 @@ def _least_of_definite(A: Tensor) -> float:
     return float(torch.linalg.eigvalsh(V.mH @ A @ V).amin())
 
 
+@isolated
 def prove_gains(
     enclosure: Enclosure, Q: Tensor, rows: Tensor, radius: Tensor | None = None, parts: str = "U"
 ) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ _REDUCED = {"ieee": 2.0**-24, "none": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-
 class _Variable:
     """An environment variable by which a library multiplies otherwise than torch says, on one kind of device.
 
-    ``units``: what u is at least, by its value in lower case; ∞ where nothing bounds it. Values not listed count as ``other``.
+    ``units``: what u is at least, by its value in lower case; ∞ where nothing bounds it. Others count as ``other``.
     """
 
     name: str

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import isolated, sizes
 from .compose import MOST_DENSE, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
 from .glue import KNOWN, Normalize, PadChannels, affine_image, core_lipschitz
-from .network import Network
+from .network import SAMPLE, Network
 from .registry import registry
 from .spectrum import Grid, require_finite, same_origin, strided_weight
 
@@ -58,6 +59,7 @@ class Step:
     lipschitz: float
 
 
+@isolated
 def trace(
     model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None, dense: bool = False
 ) -> list[Step]:
@@ -77,18 +79,15 @@ def trace(
         if tensor.is_floating_point() or tensor.is_complex():
             require_finite(tensor, f"parameter {name!r}")
     shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
-    walker = _Walker(None if shape is None else _sizes(shape), plugin, dense)
+    walker = _Walker(
+        None if shape is None else sizes(shape, "input_shape", SAMPLE),
+        plugin,
+        dense,
+    )
     steps = _without_detours(list(walker.walk(model, "")))
     if not steps:
         raise UnsupportedModuleError("", type(model).__name__, "there is nothing in it.")
     return steps
-
-
-def _sizes(shape: Iterable[int] | int) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ShapeError("input_shape", "positive sizes of one sample, such as (1, 28, 28)", shape)
-    return sizes
 
 
 class _Walker:

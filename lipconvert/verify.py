@@ -19,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort  # type: ignore[a
 from torch import Tensor
 
 from . import checkpoint
+from .arguments import isolated
 from .bounds import extremes
 from .certify import Certifier
 from .checkpoint import ERRORS, PAIRS, enclosed, errors_of, network_of
@@ -54,6 +55,7 @@ REFUSED = (
 ANEW = 1e-6
 
 
+@isolated
 def verify(path: str | Path, seed: int | None = None) -> VerificationReport:
     """Check every claim of a checkpoint. ``seed``: of the inputs the graph is tried on, a fresh one by default.
 
@@ -150,7 +152,7 @@ def _bounds(stored: Stored, net: Network) -> Iterator[Claim]:
         certifier = Certifier(net, claimed.method)
         found = certifier.bounds[-1]
         assert found.pairs is not None
-        vector = torch.tensor([found.lipschitz]), torch.tensor([claimed.lipschitz])
+        vector = (torch.tensor([L], dtype=torch.float64) for L in (found.lipschitz, claimed.lipschitz))
         excess = max(_excess(*vector), _excess(found.pairs, pairs))
         numbers = f"L = {found.lipschitz:.7g}, claimed {claimed.lipschitz:.7g}"
         least, greatest = extremes(found.pairs)
