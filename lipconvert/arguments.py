@@ -31,7 +31,8 @@ LARGEST = 2**63 - 1
 def plain_settings() -> Iterator[None]:
     """Inside, torch is set as in a new process: no inference mode, gradients taken, new tensors on the CPU.
 
-    What was set comes back afterwards. The default dtype stays: lipconvert names the dtype of all it makes.
+    What was set comes back afterwards. The default dtype stays: it is the caller's, and lipconvert names the dtype of
+    all it makes.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -55,6 +56,40 @@ def require_no_autocast(device: torch.device) -> None:
     """Raise `InvalidParameterError` where autocast would run parts of a network in another dtype than its own."""
     if torch.is_autocast_enabled(device.type):
         raise InvalidParameterError("autocast", "enabled", "a certificate is about one dtype; leave the autocast block")
+
+
+def require_ordinary(module: nn.Module, where: str) -> None:
+    """Raise `InvalidParameterError` where a tensor of a module was made in inference mode: no gradient goes through it."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_inference():
+            raise InvalidParameterError(
+                f"tensor {name!r} of {where}",
+                "an inference tensor",
+                "gradients need others: cast or move the network outside of torch.inference_mode(), as by net.to(net.dtype)",
+            )
+
+
+def make_ordinary(module: nn.Module) -> None:
+    """Copies, in place, of parameters and buffers that were made in inference mode. For use outside of it."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_inference():
+                    copied = tensor.detach().clone()
+                    held[name] = (
+                        nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+                    )
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, torch's default dtype is this one: for libraries that cast to it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def number(

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -249,6 +250,7 @@ def certify(
 
 def _met(certifier: Certifier, x: Tensor) -> float | None:
     """An empirical Lipschitz constant from the inputs that are numbers; None where their solves do not converge."""
+    x = certifier.net.checked(x)
     x = x[torch.isfinite(x).flatten(1).all(1)]
     if not len(x):
         return None
@@ -273,7 +275,7 @@ def _first(data: Any, count: int) -> Tensor:
     if not samples:
         raise InvalidParameterError("data", "empty", "at least one sample is needed")
     for sample in samples:
-        if not isinstance(sample, tuple | list) or len(sample) != 2 or not hasattr(sample[0], "shape"):
+        if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], Tensor | np.ndarray):
             raise InvalidParameterError(
                 "data", type(sample).__name__, "its samples must be pairs (input tensor, label)"
             )

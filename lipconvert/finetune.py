@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from .arguments import isolated, plain_tensor
+from .arguments import default_dtype, isolated, make_ordinary, plain_tensor
 from .attack import class_labels
 from .augment import Augmentation
 from .certify import Certifier
@@ -169,7 +169,7 @@ def input_shape_of(model: nn.Module, sample: Sequence[int], plugin: str | None =
 
 def margin_loss(logits: Tensor, labels: Tensor, margin: float, temperature: float, reduction: str = "mean") -> Tensor:
     """CE((y − margin·onehot)/T, labels)·T: asks for the label to lead by ``margin``, smoothly in T. (B, q), (B,) → ()"""
-    shifted = logits - margin * functional.one_hot(labels, logits.shape[1])
+    shifted = logits - margin * functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return functional.cross_entropy(shifted / temperature, labels, reduction=reduction) * temperature
 
 
@@ -211,6 +211,8 @@ class Samples:
             return cls(data.pixels, data.labels, data.top)
         x, labels = cls._tensors(data, where)
         x, labels = x.detach(), labels.detach()
+        if x.dim() == 0:
+            raise ShapeError(f"the inputs of {where}", "(B, ...)", ())
         if len(x) == 0:
             raise InvalidParameterError(where, "empty", "at least one sample is needed")
         if not x.is_floating_point():
@@ -335,6 +337,7 @@ def _fit(
         config = TrainingConfig()
     elif not isinstance(config, TrainingConfig):
         raise InvalidParameterError("config", type(config).__name__, "it must be a TrainingConfig(...)")
+    make_ordinary(model)
     samples, held = _split(train, validation, config, about.input_shape)
     fabric = _fabric(config, about)
     with ExitStack() as stack:
@@ -676,7 +679,8 @@ class _Run:
         with ExitStack() as stack:
             for support in penalised:
                 stack.enter_context(support.stage.held())
-            logits = self.wrapped(x.reshape(len(x), *self.about.input_shape))
+            with default_dtype(self.dtype):  # to which Fabric casts what comes out
+                logits = self.wrapped(x.reshape(len(x), *self.about.input_shape))
             logits = logits.to(self.dtype)
             margin = math.sqrt(2.0) * self.history[-1].lipschitz * config.loss.offset
             loss = weight * margin_loss(logits, labels, margin, config.loss.temperature, "sum")

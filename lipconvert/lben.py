@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, Activations, activation_of
-from .arguments import count, isolated, number, plain_tensor, sizes
+from .arguments import count, isolated, make_ordinary, number, plain_tensor, require_ordinary, sizes
 from .construction import assemble, construct
 from .dae import DAE
 from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, full_precision, solve
@@ -257,7 +257,9 @@ class LBEN(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LBEN:
         self.refresh()
-        return super()._apply(fn, recurse)
+        with torch.inference_mode(False):  # as of a network
+            make_ordinary(self)
+            return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.refresh()
@@ -332,6 +334,7 @@ class LBEN(nn.Module):
             assembled = self._assembled()
             y = self.readout(self._solve(flat, assembled).value, assembled)
         else:
+            require_ordinary(self, f"stage {self.name!r}")
             if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
                 W, U, G = self.matrices()
                 map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid, kept=False)

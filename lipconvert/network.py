@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import inputs_of, sizes
+from .arguments import inputs_of, make_ordinary, sizes
 from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .glue import core_lipschitz
@@ -95,6 +95,11 @@ class Network(nn.Module):
     def lipschitz(self) -> float:
         """L: the product of the constants of all steps."""
         return math.prod(self.step_lipschitz)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Network:
+        with torch.inference_mode(False):  # a network that is cast in inference mode can be trained on
+            make_ordinary(self)
+            return super()._apply(fn, recurse)
 
     def set_options(self, options: SolverOptions) -> Network:
         """Solve all stages with these options; returns the network."""
