@@ -30,7 +30,7 @@ from .bounds import Bounds
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import NoCertificateError
-from .glue import KNOWN, FirstFeatures, MeanPool, Normalize, PadChannels
+from .glue import KNOWN, FirstFeatures, MeanPool, Normalize, PadChannels, pair
 from .lben import LBEN
 from .proofs import Enclosure, prove_gains
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
@@ -532,8 +532,7 @@ def _collapsed(grid: Grid, sizes: Tensor) -> Tensor:
 
 def _window(pool: Any) -> int:
     """Pixels that are added up."""
-    size = pool.kernel_size
-    return math.prod(size) if isinstance(size, tuple) else size**2
+    return math.prod(pair(pool.kernel_size))
 
 
 def _rows_norm(grid: Grid, rows: Tensor) -> Tensor:

@@ -140,12 +140,12 @@ def count(value: Any, where: str, requirement: str = "", *, least: int = 1) -> i
     return result
 
 
-def sizes(values: Any, where: str, expected: str) -> tuple[int, ...]:
-    """Positive sizes, one or several, as a tuple. Raises `ShapeError` with ``expected`` for others."""
+def sizes(values: Any, where: str, expected: str, *, least: int = 1) -> tuple[int, ...]:
+    """Sizes of at least ``least``, one or several, as a tuple. Raises `ShapeError` with ``expected`` for others."""
     several = isinstance(values, Iterable) and getattr(values, "ndim", 1) and not isinstance(values, str | bytes)
     values = tuple(values) if several else (values,)
     try:
-        return tuple(count(size, where) for size in values)
+        return tuple(count(size, where, least=least) for size in values)
     except InvalidParameterError as error:
         raise ShapeError(where, expected, values, str(error)) from None
 

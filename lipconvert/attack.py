@@ -314,7 +314,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _gaussian(index: Tensor, size: int, key: tuple[int, ...]) -> Tensor:
     """Standard normal rows (B, size), float64, each drawn from the key and its sample's place in the data alone."""
-    rows = [np.random.default_rng((*key, i)).standard_normal(size) for i in index.tolist()]
+    rows = [np.random.default_rng((*map(int, key), i)).standard_normal(size) for i in index.tolist()]
     return torch.from_numpy(np.array(rows).reshape(-1, size))
 
 
@@ -333,8 +333,10 @@ def _require_counts(**counts: int) -> None:
 
 def _index(x: Tensor, seed: int, first: int) -> Tensor:
     """The places (B,) of the samples in the data, on the CPU."""
-    for name, value in (("seed", seed), ("first", first)):
+    _, first = (
         count(value, name, "it must be a whole number, not negative", least=0)
+        for name, value in (("seed", seed), ("first", first))
+    )
     return torch.arange(first, first + len(x))
 
 

@@ -171,7 +171,7 @@ class Bounds:
 
     @isolated
     def __init__(self, net: Network) -> None:
-        self.net = net
+        self.net, self.dtype = net, net.dtype
         self.stages: list[StageProof] = []
         self.monotone: list[list[tuple[Tensor, float]]] = []  # of each LBEN: metrics P with their proved μ, 0 without
         self._chain: list[Segment | tuple[str, float]] = []

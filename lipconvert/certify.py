@@ -33,7 +33,7 @@ from .attack import class_labels, empirical_lipschitz
 from .bounds import METHODS, Bounds, LipschitzBound, class_pairs, extremes
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .network import Network
-from .rounding import SLACK
+from .rounding import SLACK, unit_roundoff
 from .schema import AttackConfig, AttackResult, Method, MethodResult, RobustnessReport
 from .shards import fingerprint, over
 
@@ -71,6 +71,7 @@ class Certifier:
             raise InvalidParameterError("net", type(net).__name__, hint)
         if method not in METHODS:
             raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(METHODS)}")
+        unit_roundoff(net.dtype, net.device)  # refuses what no radius can be proved for
         proved = Bounds(net)
         if proved.classes is None:
             hint = "Only a vector of logits, one for each class, can be certified: flatten the output, or read off features."

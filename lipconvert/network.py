@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import inputs_of, make_ordinary, sizes
+from .arguments import inputs_of, make_ordinary, number, sizes
 from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .glue import core_lipschitz
@@ -37,7 +37,7 @@ class Network(nn.Module):
         if len(steps) != len(glue_lipschitz):
             raise ShapeError("glue_lipschitz", f"{len(steps)} entries", f"{len(glue_lipschitz)} entries")
         self.steps = nn.ModuleList(steps)
-        self.glue_lipschitz = tuple(None if g is None else float(g) for g in glue_lipschitz)
+        self.glue_lipschitz = tuple(None if g is None else number(g, "glue_lipschitz") for g in glue_lipschitz)
         self.input_shape = sizes(input_shape, "input_shape", SAMPLE)
         self.class_names: tuple[str, ...] = ()
         self.provenance: Provenance | None = None
@@ -123,8 +123,13 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, *input_shape) -> (B, q)
         """The output for a batch, in the network's dtype (the input is cast to it)."""
         x = self.checked(x)
+        samples = len(x)
         for step in self.steps:
             x = step(x)
+        if x.dim() < 1 or len(x) != samples:
+            raise ShapeError(
+                "the output of the network", f"({samples}, ...)", tuple(x.shape), "Glue mixes the samples."
+            )
         return x
 
     def methods(self, x: Tensor) -> list[str]:

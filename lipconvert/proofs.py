@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .arguments import isolated
+from .arguments import isolated, number
 from .conditions import strict_multiplier
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
@@ -315,7 +315,11 @@ def _solved(
 def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | None) -> tuple[Enclosure, Tensor, float]:
     if isinstance(dae, DAE):
         Lambda = dae.Lambda if Lambda is None else Lambda
-        L = dae.lipschitz if lipschitz is None else float(lipschitz)
+        L = (
+            dae.lipschitz
+            if lipschitz is None
+            else number(lipschitz, "lipschitz", "it must be positive and finite", above=0.0)
+        )
         enclosure = Enclosure.of(dae)
     elif not isinstance(dae, Enclosure):
         raise InvalidParameterError(
@@ -324,7 +328,10 @@ def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | N
     else:
         if Lambda is None or lipschitz is None:
             raise InvalidParameterError("Lambda, L", None, "an Enclosure has none of its own")
-        enclosure, L = dae, float(lipschitz)
+        enclosure, L = (
+            dae,
+            number(lipschitz, "lipschitz", "it must be positive and finite", above=0.0),
+        )
     if not isinstance(Lambda, Tensor):
         raise InvalidParameterError("Lambda", type(Lambda).__name__, "it must be a tensor (n,)")
     Lambda = Lambda.detach().to("cpu", torch.float64)

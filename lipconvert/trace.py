@@ -15,6 +15,7 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .activations import MaxMin, activation_of, is_activation
 from .arguments import isolated, sizes
@@ -22,7 +23,7 @@ from .compose import MOST_DENSE, affine, coarsen, compose, densify, elementwise,
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
-from .glue import KNOWN, Normalize, PadChannels, affine_image, core_lipschitz
+from .glue import KNOWN, Normalize, PadChannels, affine_image, core_lipschitz, pair
 from .network import SAMPLE, Network
 from .registry import registry
 from .spectrum import Grid, require_finite, same_origin, strided_weight
@@ -74,6 +75,11 @@ def trace(
         raise UnsupportedModuleError(
             "", str(model), "it is not an nn.Module; give the model itself, not its class or file."
         )
+    for path, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if isinstance(tensor, UninitializedTensorMixin):
+                reason = f"its {name} has no shape yet. Run one batch through the model first, or give the sizes."
+                raise UnsupportedModuleError(path, type(module).__name__, reason)
     model = copy.deepcopy(model).to("cpu", torch.float64).eval()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
@@ -136,6 +142,11 @@ class _Walker:
             yield from self._layer(module, path, self._convolution(module, path), CORE)
         else:
             known = core_lipschitz(module)
+            if known is None and type(module) in (nn.Flatten, nn.Unflatten):
+                reason = (
+                    "it mixes the samples: dimension 0 is the batch. nn.Flatten() begins at 1, like Unflatten(1, ...)."
+                )
+                raise UnsupportedModuleError(path, type(module).__name__, reason)
             known = registry().glue_lipschitz(module, self.plugin, path) if known is None else known
             if known is None:
                 raise UnsupportedModuleError(path, type(module).__name__, self._why(module))
@@ -154,10 +165,11 @@ class _Walker:
     def _convolution(self, module: nn.Conv2d, path: str) -> DAE:
         """A circular nn.Conv2d as an affine layer; a strided one on the coarse grid. Dense, with any padding, on request."""
         name, shape = label(path, module), self._known(path, module)
+        stride, dilation = pair(module.stride), pair(module.dilation)
         if self.dense:
             self._image(module, path)
             return affine(*affine_image(module, shape, path), name=name)
-        pointwise = module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid")
+        pointwise = pair(module.kernel_size) == (1, 1) and _padding(module) in ((0, 0), "same", "valid")
         refusals = (
             (
                 module.padding_mode != "circular" and not pointwise,
@@ -165,8 +177,8 @@ class _Walker:
                 "frequency.",
             ),
             (module.groups != 1, f"groups = {module.groups} is not supported, only 1."),
-            (module.dilation != (1, 1), f"dilation = {module.dilation} is not supported, only 1."),
-            (module.stride[0] != module.stride[1], f"its strides {module.stride} differ."),
+            (dilation != (1, 1), f"dilation = {dilation} is not supported, only 1."),
+            (stride[0] != stride[1], f"its strides {stride} differ."),
             (
                 not pointwise and module.padding != "same" and not _keeps(module),
                 f"its padding {module.padding} does not keep the image with kernel_size {module.kernel_size}: for odd sizes "
@@ -177,11 +189,11 @@ class _Walker:
             if refused:
                 remedy = "For small images convert(model, dense=True) takes it."
                 raise UnsupportedModuleError(path, type(module).__name__, f"{reason} {remedy}")
-        stride = module.stride[0]
-        if len(shape) != 3 or shape[1] % stride or shape[2] % stride:
-            raise ShapeError(f"the input of {name!r}", f"(c, h, w), h and w multiples of {stride}", shape)
-        weight, origin = strided_weight(module.weight, stride)
-        grid = Grid((shape[1] // stride, shape[2] // stride))
+        s = stride[0]
+        if len(shape) != 3 or shape[1] % s or shape[2] % s:
+            raise ShapeError(f"the input of {name!r}", f"(c, h, w), h and w multiples of {s}", shape)
+        weight, origin = strided_weight(module.weight, s)
+        grid = Grid((shape[1] // s, shape[2] // s))
         return affine(grid.convolution(weight, origin), module.bias, name=name, grid=grid)
 
     def _image(self, module: nn.Module, path: str, probes: int = 3) -> tuple[Tensor, Tensor]:
@@ -190,13 +202,17 @@ class _Walker:
         probe = torch.randn(probes, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         try:
             with torch.no_grad():
-                return probe, module(probe)
+                image = module(probe)
         except LipconvertError as error:
             error.layer = error.layer or f"{label(path, module)!r}, {type(module).__name__}"
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             where = f"the input of {label(path, module)!r}"
             raise ShapeError(where, f"one that {type(module).__name__} takes ({error})", shape) from error
+        if image.dim() < 1 or len(image) != probes:
+            reason = f"it makes {tuple(image.shape)} of a batch {tuple(probe.shape)}: the first dimension is the batch."
+            raise UnsupportedModuleError(path, type(module).__name__, reason)
+        return probe, image
 
     def _glue(self, module: nn.Module, path: str, lipschitz: float) -> Step:
         shape = self._known(path, module)
@@ -267,8 +283,12 @@ def label(path: str, module: nn.Module) -> str:
 def _keeps(module: nn.Conv2d) -> bool:
     """Whether its padding, in pixels, keeps the image (of which a stride then takes every s-th pixel)."""
     origin = same_origin(module.weight)
-    odd = all(k % 2 for k in module.kernel_size)
-    return module.padding == origin and (odd or module.stride[0] > 1)
+    odd = all(k % 2 for k in pair(module.kernel_size))
+    return _padding(module) == origin and (odd or pair(module.stride)[0] > 1)
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int] | str:
+    return module.padding if isinstance(module.padding, str) else pair(module.padding)
 
 
 def _unshuffle(shape: tuple[int, ...], dae: DAE) -> int:

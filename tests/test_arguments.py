@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lipconvert_plugins.aol import AOLConv2d, AOLLinear
+from lipconvert_plugins.mondeq import MonDEQ
 from lipconvert_plugins.sll import SLLLinear
 from torch import Tensor, nn
 
@@ -438,3 +439,257 @@ def test_a_radius_belongs_to_the_input_before_it_is_rounded():
     assert bool((moved > 1e-5).all())
     assert bool((here <= there - moved).all())
     torch.testing.assert_close(here, there - moved, rtol=1e-12, atol=1e-12)
+
+
+HUGE = 10**5000
+MODEL = SLLLinear(6)
+X, Y = pixels("dense"), labels_of("dense")
+
+# What takes a number -> an example it takes.
+NUMBERS: dict[str, tuple[Callable[[Any], Any], float | int]] = {
+    "radii": (lambda v: lc.certify(NETS["dense"], [(X[0], 0)], [v], "prescribed"), 0.5),
+    "radii of an attack": (lambda v: lc.attack(NETS["dense"], X, Y, [v], steps=1), 0.5),
+    "radius": (lambda v: lc.pgd(NETS["dense"], X, Y, v, steps=1), 0.5),
+    "box": (lambda v: lc.pgd(NETS["dense"], X, Y, 0.1, steps=1, box=(0.0, v)), 2.0),
+    "seconds": (lambda v: lc.lipschitz_bound(NETS["dense"], "prescribed", seconds=v), 0.5),
+    "epsilon": (lambda v: lc.LBEN(2, 3, 2, epsilon=v), 0.5),
+    "lipschitz": (lambda v: lc.LBEN(2, 3, 2, lipschitz=v), 0.5),
+    "delta": (lambda v: lc.convert(MODEL, delta=v), 0.5),
+    "std": (lambda v: lc.Normalize(0.0, v), 0.5),
+    "mean": (lambda v: lc.Normalize(v), 0.5),
+    "tolerance": (lambda v: lc.SolverOptions(tolerance=v), 0.5),
+    "alpha": (lambda v: lc.SolverOptions(method="forward_backward", alpha=v), 0.5),
+    "L of a DAE": (lambda v: lc.to_dae(MODEL).derive(lipschitz=v), 2.0),
+    "L of a proof": (lambda v: lc.prove_lmi(lc.to_dae(MODEL), lipschitz=v), 2.0),
+    "L of a check": (lambda v: lc.check(lc.to_dae(MODEL), lipschitz=v), 2.0),
+    "scale": (lambda v: lc.scale(lc.to_dae(MODEL), v), 0.5),
+    "a slope": (lambda v: lc.Activation("leaky_relu", v), 0.5),
+    "m": (lambda v: MonDEQ(2, 3, 2, m=v), 0.5),
+    "constant of glue": (lambda v: lc.Network([nn.Identity()], [v], (2,)), 0.5),
+    "states": (lambda v: lc.LBEN(2, v, 2), 3),
+    "an image": (lambda v: lc.LBEN(2, 3, 2, image=v), 3),
+    "blocks": (lambda v: lc.LBEN(2, 3, 2, blocks=[v]), 3),
+    "channels": (lc.PadChannels, 3),
+    "features": (lc.FirstFeatures, 3),
+    "kernel_size": (lc.MeanPool, 3),
+    "kernel_size of AOL": (lambda v: AOLConv2d(2, 3, v), 3),
+    "max_steps": (lambda v: lc.SolverOptions(max_steps=v), 3),
+    "steps": (lambda v: lc.pgd(NETS["dense"], X, Y, 0.1, steps=v), 3),
+    "seed": (lambda v: lc.pgd(NETS["dense"], X, Y, 0.1, steps=1, seed=v), 3),
+    "batch_size": (lambda v: lc.certify(NETS["dense"], [(X[0], 0)], [0.1], "prescribed", batch_size=v), 3),
+    "input_shape": (lambda v: lc.convert(nn.Flatten(), (v, 2), check=False), 3),
+}
+
+
+@pytest.mark.parametrize("where", NUMBERS)
+def test_numbers_of_every_kind_are_taken_or_refused(where):
+    take, example = NUMBERS[where]
+    whole = isinstance(example, int)
+    kinds: list[Any] = [example, torch.tensor(example), np.array(example)]
+    kinds += [np.int64(example), np.uint8(example)] if whole else [np.float32(example), Fraction(example)]
+    for value in kinds:
+        take(value)
+    wrong = [10**400, -(10**400), HUGE, -HUGE, math.nan, -1.5e300, True, np.bool_(True), "a", torch.tensor([1.0, 2.0])]
+    wrong += [1j, [example], {}]
+    wrong += [2.5, np.float32(3.0), 0.0, -1] if whole else []
+    wrong += [math.inf] if where not in ("box", "seconds") else []
+    for value in wrong:
+        if (where in ("mean", "std") and isinstance(value, list | Tensor)) or (
+            where == "radius" and isinstance(value, Tensor)
+        ):
+            continue  # one for each channel, or sample
+        if where in ("mean", "constant of glue") and isinstance(value, float) and value < 0.0:
+            continue
+        with pytest.raises((lc.InvalidParameterError, lc.ShapeError)) as caught:
+            take(value)
+        assert len(str(caught.value)) < 700
+
+
+def test_radii_in_every_form():
+    for given in ([0, 0.5, Fraction(3, 4)], (0.0, np.float32(0.5), torch.tensor(0.75)), np.array([0.0, 0.5, 0.75])):
+        assert radii_of(given) == [0.0, 0.5, 0.75]
+    assert radii_of(torch.tensor([0.0, 0.5])) == [0.0, 0.5]
+    assert radii_of(range(2)) == [0.0, 1.0]
+    assert radii_of([5e-324]) == [5e-324]
+    for wrong in (
+        (r for r in (0.1,)),
+        {0.1},
+        "0.1",
+        b"1",
+        0.1,
+        None,
+        [],
+        (),
+        np.array(0.1),
+        np.eye(2),
+        torch.tensor([math.nan]),
+    ):
+        with pytest.raises(lc.InvalidParameterError):
+            radii_of(wrong)
+    assert number(np.float16(0.5), "it") == 0.5
+    assert count(np.int8(3), "it") == 3
+
+
+LABELS: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
+    "int64": (lambda y: y, True),
+    "int32": (lambda y: y.int(), True),
+    "uint8": (lambda y: y.to(torch.uint8), True),
+    "numpy": (lambda y: y.numpy().copy(), True),
+    "numpy big-endian": (lambda y: y.numpy().astype(">i4"), True),
+    "inference tensor": (inference, True),
+    "list": (lambda y: y.tolist(), False),
+    "float": (lambda y: y.float(), False),
+    "bool": (lambda y: y > 0, False),
+    "complex": (lambda y: y.to(torch.complex64), False),
+    "one hot": (lambda y: nn.functional.one_hot(y, 3), False),
+    "sparse": (lambda y: y.to_sparse(), False),
+    "too few": (lambda y: y[:-1], False),
+    "negative": (lambda y: y - 3, False),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_of_every_kind(name):
+    make, taken = LABELS[name]
+    labels, net = make(Y), NETS["dense"]
+    uses = {
+        "Certifier": lambda: CERTIFIERS["dense"](X, labels)["correct"].tolist(),
+        "attack": lambda: lc.attack(net, X, labels, [0.0])[0].tolist(),
+        "pgd": lambda: (lc.pgd(net, X, labels, 0.0, steps=1)[1] > 0).tolist(),
+        "finetune": lambda: (
+            lc.finetune(copy.deepcopy(net), (X, labels), config=CONFIG) and (expected_radii("dense") > 0).tolist()
+        ),
+    }
+    for where, use in uses.items():
+        if taken:
+            assert use() == (expected_radii("dense") > 0).tolist(), where
+        else:
+            with pytest.raises((lc.InvalidParameterError, lc.ShapeError)):
+                use()
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], (2, 2), [2], 2])
+def test_sizes_of_pooling_may_be_lists(sizes, tmp_path):
+    model = nn.Sequential(nn.AvgPool2d(sizes, stride=sizes), nn.Flatten(), AOLLinear(8, 3)).double()
+    net, x = lc.convert(model, (2, 4, 4)), pixels("images")
+    expected = model[2](x.reshape(COUNT, 2, 2, 2, 2, 2).mean((3, 5)).flatten(1))
+    torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)
+    assert net.step_lipschitz[0] == 0.5  # of a mean over four
+    assert bool(torch.isfinite(lc.Certifier(net, "prescribed")(x, Y)["error"]).all())
+    lc.save(net, tmp_path / "net.onnx")
+    assert lc.verify(tmp_path / "net.onnx", seed=0).passed
+    torch.testing.assert_close(lc.load(tmp_path / "net.onnx")(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_sizes_of_convolutions_may_be_lists():
+    conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()
+    y = conv(pixels("images"))
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        setattr(conv, name, list(getattr(conv, name)))
+    torch.testing.assert_close(lc.convert(conv, (2, 4, 4))(pixels("images")), y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Flatten(0), (6,)),
+        (nn.Flatten(-2), (6,)),
+        (nn.Flatten(0, 1), (6,)),
+        (nn.Flatten(2), (6,)),
+        (nn.Flatten(-4), (2, 4, 4)),
+        (nn.Flatten(1, 0), (6,)),
+        (nn.Unflatten(0, (1, -1)), (6,)),
+        (nn.Unflatten(-2, (1, -1)), (6,)),
+        (nn.Unflatten(1, (2, 4)), (6,)),
+        (nn.Unflatten(3, (2, 3)), (6,)),
+        (nn.LazyLinear(3), (6,)),
+        (nn.LazyConv2d(3, 3), (2, 4, 4)),
+        (nn.LazyBatchNorm2d(), (2, 4, 4)),
+        (nn.AvgPool2d([2, 2], stride=[1, 1]), (2, 4, 4)),
+    ],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_layers_that_mix_samples_or_have_no_shape_are_refused_by_name(layer, shape, last):
+    front = [nn.ReLU(), layer] if last else [layer, nn.ReLU()]
+    with pytest.raises((lc.UnsupportedModuleError, lc.ShapeError), match=type(layer).__name__):
+        lc.convert(nn.Sequential(*front), shape)
+
+
+@pytest.mark.parametrize("layer", [nn.Flatten(-1), nn.Flatten(1, -1), nn.Flatten(-3), nn.Flatten(2)])
+def test_layers_that_keep_the_batch_are_converted(layer):
+    model = nn.Sequential(layer, nn.Flatten(), AOLLinear(32, 3)).double()
+    net = lc.convert(model, (2, 4, 4))
+    torch.testing.assert_close(net(pixels("images")), model(pixels("images")), rtol=1e-10, atol=1e-12)
+
+
+def test_a_network_that_mixes_samples_is_refused():
+    with pytest.raises(lc.NoCertificateError, match="Flatten"):
+        lc.Network([nn.Flatten(0)], [None], (6,))
+    with pytest.raises(lc.ShapeError, match="mixes the samples"):
+        lc.Network([nn.Flatten(-2)], [None], (6,))(torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_steps_of_different_dtypes_are_refused_by_the_step(step, tmp_path):
+    net = copy.deepcopy(NETS["dense"])
+    net.steps[step].float()
+    uses: list[Callable[[], Any]] = [
+        lambda: net(X),
+        lambda: net.methods(X),
+        lambda: lc.Certifier(net),
+        lambda: lc.lipschitz_bound(net),
+        lambda: lc.certified_radii(net, X, Y),
+        lambda: lc.attack(net, X, Y, [0.1]),
+        lambda: lc.empirical_lipschitz(net, X),
+        lambda: lc.save(net, tmp_path / "net.onnx"),
+        lambda: lc.validate(SOURCES["dense"], net),
+    ]
+    if step < len(net.steps):
+        for use in uses:
+            with pytest.raises(lc.InvalidParameterError, match=r"the dtype of step [12] .*as by net.float"):
+                use()
+        torch.testing.assert_close(net.double()(X), logits("dense", X), rtol=1e-4, atol=1e-5)
+
+
+COMMANDS = {
+    "certify": (["--radii"], ["1e999", "nan", "-1", "", "a", "1/0", "1" + "0" * 400, "1" + "0" * 5000]),
+    "convert": (["--epsilon", "--delta"], ["nan", "inf", "-1", "1e999", "a"]),
+    "tighten": (["--seconds"], ["nan", "0", "-1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("arguments") / "net.onnx"
+    lc.save(NETS["dense"], path)
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_numbers_of_the_command_line_that_are_none(command, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(MonDEQ(4, 5, 3).state_dict(), "w.pt")
+    options, values = COMMANDS[command]
+    for option in options:
+        for value in values:
+            if command == "convert":
+                arguments = ["convert", "w.pt", "--option", "m=1.0", "--option", "activation=relu", "--out", "n.onnx"]
+            else:
+                arguments = [command, str(checkpoint)] + (["--data", "digits"] if command == "certify" else [])
+            result = CliRunner().invoke(app, [*arguments, f"{option}={value}"])
+            assert result.exit_code == 2, (option, value[:20], result.output[-300:], result.exception)
+            assert result.exception is None or isinstance(result.exception, SystemExit)
+            assert "rror" in result.stderr
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "-1", "0", "a", "1" + "0" * 400, "1" + "0" * 5000])
+@pytest.mark.parametrize("option", ["m", "lipschitz"])
+def test_options_of_weights_that_are_no_numbers(option, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(MonDEQ(4, 5, 3, lipschitz=2.0).state_dict(), "w.pt")
+    given = {"m": "1.0", "lipschitz": "2.0", "activation": "relu", option: value}
+    arguments = [text for name, text in given.items() for text in ("--option", f"{name}={text}")]
+    result = CliRunner().invoke(app, ["convert", "w.pt", *arguments, "--out", "n.onnx"])
+    assert result.exit_code == 2, (result.output[-300:], result.exception)
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr) < 500
