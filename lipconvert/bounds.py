@@ -478,7 +478,7 @@ def output_shape(step: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one output of a step, from that of one input."""
     if isinstance(step, LBEN):
         return (len(step.b_y), *step.grid.image)
-    probe = next(iter(step.buffers()), torch.zeros((), dtype=torch.float32, device="cpu"))
+    probe = next(iter((*step.parameters(), *step.buffers())), torch.zeros((), dtype=torch.float32, device="cpu"))
     with torch.no_grad():
         return tuple(step(torch.zeros(1, *shape, dtype=probe.dtype, device=probe.device)).shape[1:])
 

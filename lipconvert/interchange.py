@@ -134,7 +134,7 @@ def write_vnnlib(
     Raises `InvalidParameterError` for a negative or infinite radius, or a label that is none of the classes.
     """
     radius = number(radius, "radius", "it must be finite and not negative", least=0.0)
-    classes, label = count(classes, "classes", least=2), count(label, "label", least=0)
+    classes, label = count(classes, "the number of classes of a label", least=2), count(label, "label", least=0)
     if label >= classes:
         raise InvalidParameterError("label", label, f"there are {classes} classes")
     pixels = inputs_of(x, "the sample").detach().double().flatten()

@@ -388,7 +388,9 @@ def _total(data: Any) -> int | None:
 def _collated(data: Any, start: int, size: int) -> tuple[Tensor, Tensor]:
     samples = [data[index] for index in range(start, start + size)]
     try:
-        inputs = torch.stack([plain_tensor(x, "an input of the data") for x, _ in samples])
+        if not all(isinstance(sample, tuple | list) for sample in samples):
+            raise TypeError("no pair")
+        inputs = torch.stack([plain_tensor(x, "data: the input of a sample") for x, _ in samples])
         return _pair((inputs, default_collate([label for _, label in samples])))
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         where = f"data (samples {start} to {start + size - 1})"
