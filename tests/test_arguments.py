@@ -698,3 +698,14 @@ def test_options_of_weights_that_are_no_numbers(option, value, tmp_path, monkeyp
     assert result.exit_code == 2, (result.output[-300:], result.exception)
     assert result.stderr.startswith("error: ")
     assert len(result.stderr) < 500
+
+
+def test_gradients_of_parameters_at_an_inference_tensor():
+    stage = copy.deepcopy(NETS["dense"].stages[0])
+    stage(inference(X)).sum().backward()
+    ours = stage.U.grad
+    stage.U.grad = None
+    stage(X).sum().backward()
+    assert torch.equal(ours, stage.U.grad)
+    with pytest.raises(lc.InvalidParameterError, match=r"float32, but its parameters are torch.float64"):
+        stage(X.float())
