@@ -72,13 +72,13 @@ def require_ordinary(module: nn.Module, where: str) -> None:
 def make_ordinary(module: nn.Module) -> None:
     """Copies, in place, of parameters and buffers that were made in inference mode. For use outside of it."""
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for name, tensor in held.items():
+        held: list[Any] = [part._parameters, part._buffers]
+        for tensors in held:
+            for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_inference():
                     copied = tensor.detach().clone()
-                    held[name] = (
-                        nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-                    )
+                    trained = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(copied, tensor.requires_grad) if trained else copied
 
 
 @contextmanager
@@ -184,11 +184,12 @@ def plain_tensor(x: Any, where: str) -> Tensor:
     if not isinstance(x, Tensor):
         requirement = "it must be a tensor; torch.as_tensor(..., dtype=torch.float64) makes one of a list"
         raise InvalidParameterError(where, f"a {type(x).__name__}", requirement)
-    kind = type(x)
+    kind: Any = type(x)
+    plain: Any = Tensor
     refusals = (
         (x.is_nested, "nested", "give one tensor of a batch of equal shapes"),
         (
-            kind.__torch_dispatch__ is not Tensor.__torch_dispatch__,
+            kind.__torch_dispatch__ is not plain.__torch_dispatch__,
             f"a {kind.__name__}",
             "it must be a plain torch.Tensor: what this class computes is not known",
         ),

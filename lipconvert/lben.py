@@ -93,7 +93,7 @@ class LBEN(nn.Module):
         self.lipschitz, self.epsilon = lipschitz, epsilon
         self.options, self.name = options, name
         self.blocks = _blocks((states,) if blocks is None else blocks, states)
-        self.grid = Grid(image if isinstance(image, Sequence) else (image, image))
+        self.grid = Grid(tuple(image) if isinstance(image, Sequence) else (image, image))
         self.input_shape = (in_features, *self.grid.image)
         shapes = {
             "log_psi": (states,),

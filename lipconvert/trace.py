@@ -15,7 +15,7 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from .activations import MaxMin, activation_of, is_activation
 from .arguments import isolated, sizes
@@ -77,7 +77,7 @@ def trace(
         )
     for path, module in model.named_modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if isinstance(tensor, UninitializedTensorMixin):
+            if is_lazy(tensor):
                 reason = f"its {name} has no shape yet. Run one batch through the model first, or give the sizes."
                 raise UnsupportedModuleError(path, type(module).__name__, reason)
     model = copy.deepcopy(model).to("cpu", torch.float64).eval()
