@@ -10,6 +10,7 @@ Only the names below are promised.
 """
 
 from .activations import Activation, Activations, MaxMin, activation_module, activation_of
+from .arguments import count, number
 from .attack import apgd, attack, empirical_lipschitz, pgd
 from .bounds import LipschitzBound, lipschitz_bound
 from .certify import Certifier, certified_radii, certify
@@ -150,6 +151,7 @@ __all__ = [
     "conv2d_adjoint",
     "conv2d_same",
     "convert",
+    "count",
     "dense_operator",
     "densify",
     "elementwise",
@@ -168,6 +170,7 @@ __all__ = [
     "lipschitz_bound",
     "load",
     "max_min",
+    "number",
     "pgd",
     "plugins",
     "prove_constant",

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import isolated, require_no_autocast
 from .bounds import Bounds
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
-from .errors import InvalidParameterError, NoCertificateError
-from .glue import FirstFeatures, Normalize, PadChannels, core_lipschitz
+from .errors import NoCertificateError
+from .glue import FirstFeatures, Normalize, PadChannels, core_lipschitz, pair
 from .lben import LBEN
 from .network import passed
 from .proofs import Enclosure, prove_gains
@@ -174,6 +175,7 @@ class Accuracy:
     Raises `NoCertificateError` where no metric makes a stage's I − W strongly monotone with proof.
     """
 
+    @isolated
     def __init__(self, bounds: Bounds) -> None:
         self.net = net = bounds.net
         self._bounds = bounds
@@ -318,6 +320,7 @@ class Accuracy:
             growth=growth,
         )
 
+    @isolated
     def evaluate(self, x: Tensor, *, double: bool = False) -> Evaluation:
         """Run the network on a batch in its own floats, with bounds of its errors; no gradient.
 
@@ -327,10 +330,7 @@ class Accuracy:
         """
         net = self.net
         self.require_unchanged()
-        if torch.is_autocast_enabled(net.device.type):
-            raise InvalidParameterError(
-                "autocast", "enabled", "a certificate is about one dtype; leave the autocast block"
-            )
+        require_no_autocast(net.device)
         with torch.no_grad():
             x = net.checked(x)
             if double:
@@ -342,6 +342,7 @@ class Accuracy:
         """The exact stage at step k: its W, U, G and biases in float64, which errors are measured from."""
         return self._stages[k].dae
 
+    @isolated
     def everywhere(self, roads: Mapping[int, Road], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(error (2,), pair_error (m, 2)) at any input x, affine in ‖x‖, of the network run by other roads in a dtype.
 
@@ -497,6 +498,7 @@ class Accuracy:
         numel = math.prod(x.shape[1:])
         if given is not None:
             a, b = given
+            u = max(u, unit_roundoff(x.dtype, x.device, convolutions=True))  # there may be some in it
             return _plus(u * b * largest * SLACK, u * a * SLACK + numel**0.5 * tiny)
         jump = 0.0
         if isinstance(step, Normalize):
@@ -550,8 +552,7 @@ def _collapsed(grid: Grid, sizes: Tensor) -> Tensor:
 
 def _window(pool: Any) -> int:
     """Pixels that are added up."""
-    size = pool.kernel_size
-    return math.prod(size) if isinstance(size, tuple) else size**2
+    return math.prod(pair(pool.kernel_size))
 
 
 def _rows_norm(grid: Grid, rows: Tensor) -> Tensor:

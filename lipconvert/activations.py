@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .arguments import number
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
 from .integrity import recorded
 
@@ -42,12 +43,9 @@ class Activation:
         if self.name not in _TABLE:
             raise UnsupportedActivationError("", self.name, f"known names are {', '.join(sorted(_TABLE))}.")
         low, high = _TABLE[self.name].valid
-        if not (_is_number(self.parameter) and low <= self.parameter <= high):
-            raise InvalidParameterError(
-                f"the parameter of activation {self.name}",
-                self.parameter,
-                f"slopes stay in [0, 1] only for values in [{low:g}, {high:g}]",
-            )
+        requirement = f"slopes stay in [0, 1] only for values in [{low:g}, {high:g}]"
+        where = f"the parameter of activation {self.name}"
+        object.__setattr__(self, "parameter", number(self.parameter, where, requirement, least=low, most=high))
 
     @classmethod
     def parse(cls, text: str) -> Activation:

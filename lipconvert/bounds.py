@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, is_activation
+from .arguments import isolated, number
 from .compose import MOST_DENSE
 from .conditions import cascade, starts_linear, strict_weights
 from .dae import DAE
@@ -168,8 +169,9 @@ class Bounds:
     Raises `NoCertificateError` where a stage has no proof at all: the message names the stage and says why.
     """
 
+    @isolated
     def __init__(self, net: Network) -> None:
-        self.net = net
+        self.net, self.dtype = net, net.dtype
         self.stages: list[StageProof] = []
         self.monotone: list[list[tuple[Tensor, float]]] = []  # of each LBEN: metrics P with their proved μ, 0 without
         self._chain: list[Segment | tuple[str, float]] = []
@@ -269,6 +271,7 @@ class Bounds:
         self._chain += [(repr(module), L) for module, _, L in pending]
         self._chain.append(segment)
 
+    @isolated
     def bound(
         self, method: str = "tightened", *, seconds: float | None = None, seen: Progress | None = None
     ) -> LipschitzBound:
@@ -279,8 +282,8 @@ class Bounds:
         """
         if method not in SEARCHES:
             raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(SEARCHES)}")
-        if seconds is not None and not (isinstance(seconds, float | int) and seconds > 0.0):
-            raise InvalidParameterError("seconds", repr(seconds), "it must be a positive number")
+        if seconds is not None:
+            seconds = number(seconds, "seconds", "it must be a positive number", above=0.0, finite=False)
         deadline = None if seconds is None else time.monotonic() + seconds
         for name in _up_to(method):
             if name not in self._found:
@@ -403,6 +406,7 @@ class Bounds:
         return segment.lipschitz**2 * squares * SLACK
 
 
+@isolated
 def lipschitz_bound(
     net: Network, method: str = "tightened", *, seconds: float | None = None, seen: Progress | None = None
 ) -> LipschitzBound:
@@ -467,7 +471,7 @@ def output_shape(step: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one output of a step, from that of one input."""
     if isinstance(step, LBEN):
         return (len(step.b_y), *step.grid.image)
-    probe = next(iter(step.buffers()), torch.zeros(()))
+    probe = next(iter((*step.parameters(), *step.buffers())), torch.zeros((), dtype=torch.float32, device="cpu"))
     with torch.no_grad():
         return tuple(step(torch.zeros(1, *shape, dtype=probe.dtype, device=probe.device)).shape[1:])
 

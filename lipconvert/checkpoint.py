@@ -24,6 +24,7 @@ from onnx import StringStringEntryProto
 from torch import Tensor, nn
 
 from .activations import Activations, activation_module, activation_of, is_activation
+from .arguments import default_dtype, isolated
 from .bounds import class_pairs, extremes, metrics, output_shape
 from .certify import Certifier
 from .container import DATA, GRAPH, MANIFEST, Header, entry_of, finish, location_of, read, write_data, write_graph
@@ -60,6 +61,7 @@ OUTWARDS, OUTWARDS_ERRORS = 1e-6, 2e-2
 DERIVED, PAIRS, ERRORS = ("W", "multiplier", "metric"), "pairs", "errors"
 
 
+@isolated
 def save(
     net: Network,
     path: str | Path,
@@ -320,6 +322,7 @@ def graph_of(
     return model
 
 
+@isolated
 def load(path: str | Path) -> Network:
     """Read a network written by `save`, from its graph and data, or from the data alone: the same tensors bit for bit.
 
@@ -329,6 +332,7 @@ def load(path: str | Path) -> Network:
     return network_of(stored.manifest, stored.tensors, str(path))
 
 
+@isolated
 def info(path: str | Path) -> NetworkInfo:
     """What there is to say about a checkpoint: its network, how it is written, what was proved. Raises `CheckpointError`."""
     stored = read(path)
@@ -361,7 +365,8 @@ def network_of(manifest: Manifest, tensors: Mapping[str, Tensor], name: str) -> 
             for derived in DERIVED:
                 parameters.pop(f"steps.{index}.{derived}", None)
         try:
-            steps.append(_stage(entry, dtype) if isinstance(entry, StageEntry) else _glue(entry))
+            with default_dtype(torch.float64):  # of numbers of glue, which are cast with the network
+                steps.append(_stage(entry, dtype) if isinstance(entry, StageEntry) else _glue(entry))
         except (LipconvertError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(name, f"manifest step {index}", str(error)) from error
     try:
@@ -405,10 +410,11 @@ def _require_shapes(net: Network, path: str) -> None:
             shape = (len(step.b_y), *step.grid.image)
             continue
         try:
-            like = next(iter(step.buffers()), torch.zeros(()))
-            shape = tuple(
-                copy.deepcopy(step).to("meta")(torch.zeros(1, *shape, dtype=like.dtype, device="meta")).shape[1:]
-            )
+            like = next(iter(step.buffers()), torch.zeros((), dtype=torch.float32, device="cpu"))
+            shape = tuple(copy.deepcopy(step).to("meta")(torch.zeros(2, *shape, dtype=like.dtype, device="meta")).shape)
+            if shape[:1] != (2,):
+                raise ValueError("it mixes the samples of a batch")
+            shape = shape[1:]
         except (LipconvertError, ArithmeticError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(path, where, f"it does not take inputs of {shape}: {error}") from error
         if math.prod(shape) > MOST_VALUES:

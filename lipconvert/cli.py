@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from typer.core import TyperGroup
 
 from . import checkpoint, container, data, demo, interchange, recipes
+from .arguments import radii_of
 from .attack import METHODS as ATTACKS
 from .attack import empirical_lipschitz
 from .bounds import lipschitz_bound
@@ -595,7 +596,7 @@ def certify(
     asked: _Conversion,
 ) -> None:
     """Natural and certified accuracy on a data set, proved for the floats that run. Under torchrun on several processes."""
-    wanted = _numbers(radii, "--radii", _fraction)
+    wanted = radii_of(_numbers(radii, "--radii", _fraction))
     config = _attack(attack, steps, restarts, box, attack_samples)
     if report_file is not None:
         require_page(report_file)  # before hours are spent

@@ -10,21 +10,22 @@ import torch
 from torch import nn
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import isolated, number, sizes
 from .compose import affine, coarsen, compose, densify, elementwise, eliminate, max_min
 from .dae import DAE
 from .equilibrium import DEFAULT, SolverOptions
-from .errors import InvalidParameterError
 from .glue import affine_image
 from .lben import LBEN
 from .memory import require_memory, size_of, sizes_of
-from .network import Network
+from .network import SAMPLE, Network
 from .registry import plugins
 from .schema import PluginSource, Provenance
 from .shards import fingerprint
-from .trace import Step, glue_dae, group, label, sizes, stage_dae, trace, unshuffling
+from .trace import Step, glue_dae, group, label, stage_dae, trace, unshuffling
 from .validate import compare
 
 
+@isolated
 def to_dae(
     model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None, *, dense: bool = False
 ) -> DAE:
@@ -60,7 +61,7 @@ def _require_memory(
     """Refuse what is too large before anything of it is made, as far as shapes are known."""
     shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
     if isinstance(model, nn.Module) and shape is not None:
-        require_memory(sizes_of(model, sizes(shape), plugin, dense), check)
+        require_memory(sizes_of(model, sizes(shape, "input_shape", SAMPLE), plugin, dense), check)
 
 
 def _name(members: Sequence[Step]) -> str:
@@ -72,7 +73,7 @@ def _in_order(dae: DAE, unshuffled: Sequence[nn.Module], shape: tuple[int, ...])
     """A dense DAE of unshuffled images as one of the images themselves, flattened: the columns of U in their order."""
     if not unshuffled:
         return dae
-    place = torch.arange(math.prod(shape)).reshape(1, *shape)
+    place = torch.arange(math.prod(shape), device=dae.U.device).reshape(1, *shape)
     U = torch.empty_like(dae.U)
     U[:, nn.Sequential(*unshuffled)(place).flatten()] = dae.U
     return dae.derive(U=U)
@@ -88,6 +89,7 @@ def _flat_dae(step: Step) -> DAE:
     return affine(*affine_image(step.module, size, step.path), step.lipschitz, name)
 
 
+@isolated
 def convert(
     model: nn.Module,
     input_shape: Iterable[int] | None = None,
@@ -113,8 +115,8 @@ def convert(
 
     Raises what `trace` raises, `NotPSDError` and `EquivalenceError`.
     """
-    if not epsilon >= 0.0:
-        raise InvalidParameterError("epsilon", epsilon, "it must be finite and not negative")
+    epsilon = number(epsilon, "epsilon", "it must be finite and not negative", least=0.0)
+    delta = number(delta, "delta", "it must be finite and not negative", least=0.0)
     _require_memory(model, input_shape, plugin, dense, check)
     groups = group(trace(model, input_shape, plugin, dense), merge)
     stages = [(members, [s.dae for s in members if s.dae is not None]) for members in groups]

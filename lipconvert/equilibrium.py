@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import arguments
 from .activations import Activations
 from .dae import DAE
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
@@ -90,15 +91,19 @@ class SolverOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InvalidParameterError("method", repr(self.method), f"it must be one of {', '.join(METHODS)}")
-        if self.tolerance is not None and not self.tolerance > 0.0:
-            raise InvalidParameterError("tolerance", self.tolerance, "it must be positive")
-        if self.max_steps < 1:
-            raise InvalidParameterError("max_steps", self.max_steps, "at least one step is needed")
+        if self.tolerance is not None:
+            object.__setattr__(
+                self, "tolerance", arguments.number(self.tolerance, "tolerance", "it must be positive", above=0.0)
+            )
+        object.__setattr__(
+            self, "max_steps", arguments.count(self.max_steps, "max_steps", "at least one step is needed")
+        )
         if self.alpha is not None:
             if self.method not in ("peaceman_rachford", "forward_backward"):
                 raise InvalidParameterError("alpha", self.alpha, f"{self.method} has no step of its own")
-            if not self.alpha > 0.0:
-                raise InvalidParameterError("alpha", self.alpha, "a step must be positive")
+            object.__setattr__(
+                self, "alpha", arguments.number(self.alpha, "alpha", "a step must be positive", above=0.0)
+            )
 
 
 DEFAULT = SolverOptions()

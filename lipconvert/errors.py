@@ -12,6 +12,15 @@ from typing import Any
 from .escaping import paragraph
 
 
+def shown(value: object) -> object:
+    """A value as a message has it: of an integer of hundreds of digits, which Python may refuse to write, its size."""
+    if isinstance(value, int) and value.bit_length() > 300:
+        return f"{'-' * (value < 0)}10^{int(value.bit_length() * 0.30103)} or so"
+    if isinstance(value, tuple | list):
+        return type(value)(map(shown, value))
+    return value
+
+
 class LipconvertError(Exception):
     """Base of all errors raised on purpose by lipconvert. The command line answers it with exit code 2.
 
@@ -36,7 +45,7 @@ class ShapeError(LipconvertError):
 
     def __init__(self, where: str, expected: object, actual: object, hint: str = "") -> None:
         self.where, self.expected, self.actual = where, expected, actual
-        super().__init__(f"{where} has shape {actual}, expected {expected}." + (f" {hint}" if hint else ""))
+        super().__init__(f"{where} has shape {shown(actual)}, expected {expected}." + (f" {hint}" if hint else ""))
 
 
 class InsufficientMemoryError(LipconvertError):
@@ -81,7 +90,7 @@ class InvalidParameterError(LipconvertError):
 
     def __init__(self, where: str, value: object, requirement: str) -> None:
         self.where, self.value, self.requirement = where, value, requirement
-        super().__init__(f"{where} is {value}, but {requirement}.")
+        super().__init__(f"{where} is {shown(value)}, but {requirement}.")
 
 
 class NotPSDError(LipconvertError):

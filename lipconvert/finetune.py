@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from .arguments import default_dtype, isolated, make_ordinary, plain_tensor
 from .attack import class_labels
 from .augment import Augmentation
 from .certify import Certifier
@@ -78,6 +79,7 @@ OnStep = Callable[[int, int, float], object]
 OnEpoch = Callable[[EpochRecord], object]
 
 
+@isolated
 def finetune(
     net: Network,
     train: Any,
@@ -120,6 +122,7 @@ def finetune(
     return _fit(net, lambda: net, train, validation, config, about)
 
 
+@isolated
 def train(
     model: nn.Module,
     train: Any,
@@ -169,7 +172,7 @@ def input_shape_of(model: nn.Module, sample: Sequence[int], plugin: str | None =
 
 def margin_loss(logits: Tensor, labels: Tensor, margin: float, temperature: float, reduction: str = "mean") -> Tensor:
     """CE((y − margin·onehot)/T, labels)·T: asks for the label to lead by ``margin``, smoothly in T. (B, q), (B,) → ()"""
-    shifted = logits - margin * functional.one_hot(labels, logits.shape[1])
+    shifted = logits - margin * functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return functional.cross_entropy(shifted / temperature, labels, reduction=reduction) * temperature
 
 
@@ -210,13 +213,22 @@ class Samples:
         if isinstance(data, Images):
             return cls(data.pixels, data.labels, data.top)
         x, labels = cls._tensors(data, where)
+        x, labels = x.detach(), labels.detach()
+        if x.dim() == 0:
+            raise ShapeError(f"the inputs of {where}", "(B, ...)", ())
         if len(x) == 0:
             raise InvalidParameterError(where, "empty", "at least one sample is needed")
         if not x.is_floating_point():
             raise InvalidParameterError(
                 f"the inputs of {where}", x.dtype, "pixels must be floats (in [0, 1], not 0..255)"
             )
-        if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(x):
+        if (
+            labels.dtype == torch.bool
+            or labels.is_floating_point()
+            or labels.is_complex()
+            or labels.dim() != 1
+            or len(labels) != len(x)
+        ):
             shape = f"{labels.dtype} {tuple(labels.shape)}"
             raise InvalidParameterError(f"the labels of {where}", shape, f"they must be ({len(x)},) integers")
         if bad := int((~torch.isfinite(x)).sum()):
@@ -230,7 +242,7 @@ class Samples:
         if type(data) is TensorDataset:
             data = data.tensors
         if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, ARRAYS) for part in data):
-            return torch.as_tensor(data[0]), torch.as_tensor(data[1])
+            return plain_tensor(data[0], f"the inputs of {where}"), plain_tensor(data[1], f"the labels of {where}")
         loader = isinstance(data, DataLoader)
         if not loader and (
             isinstance(data, str | Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
@@ -248,7 +260,8 @@ class Samples:
                 raise InvalidParameterError(what, type(x).__name__, reason)
             if not isinstance(label, (*ARRAYS, int, np.integer)):
                 raise InvalidParameterError(what, type(label).__name__, "its label must be an integer")
-            x, label = torch.as_tensor(x), torch.as_tensor(label)
+            x = plain_tensor(x, f"the input of {what}").detach()
+            label = plain_tensor(np.asarray(label) if isinstance(label, int) else label, f"the label of {what}")
             inputs.append(x if loader else x.unsqueeze(0))
             labels.append(label if loader else label.reshape(1))
             if inputs[-1].dim() == 0 or labels[-1].dim() == 0 or len(inputs[-1]) != len(labels[-1]):
@@ -327,6 +340,7 @@ def _fit(
         config = TrainingConfig()
     elif not isinstance(config, TrainingConfig):
         raise InvalidParameterError("config", type(config).__name__, "it must be a TrainingConfig(...)")
+    make_ordinary(model)
     samples, held = _split(train, validation, config, about.input_shape)
     fabric = _fabric(config, about)
     with ExitStack() as stack:
@@ -414,7 +428,7 @@ class _Support:
         self.stage = stage
         self.outside = self._absent(stage.grid.kernels(stage.dae().W).to(stage.S.dtype))
         self.outside[:, :, 0, 0] &= ~torch.eye(
-            len(self.outside), dtype=torch.bool
+            len(self.outside), dtype=torch.bool, device=self.outside.device
         )  # W − εΨ is there whatever the support
 
     def _absent(self, K: Tensor) -> Tensor:
@@ -668,7 +682,8 @@ class _Run:
         with ExitStack() as stack:
             for support in penalised:
                 stack.enter_context(support.stage.held())
-            logits = self.wrapped(x.reshape(len(x), *self.about.input_shape))
+            with default_dtype(self.dtype):  # to which Fabric casts what comes out
+                logits = self.wrapped(x.reshape(len(x), *self.about.input_shape))
             logits = logits.to(self.dtype)
             margin = math.sqrt(2.0) * self.history[-1].lipschitz * config.loss.offset
             loss = weight * margin_loss(logits, labels, margin, config.loss.temperature, "sum")

@@ -6,12 +6,15 @@ All act on a batch: the first dimension is the sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import count, number, sizes
 from .compose import require_small
 from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
 from .integrity import recorded
@@ -30,7 +33,7 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0) -> None:
         super().__init__()
-        m, s = torch.atleast_1d(torch.tensor(mean)), torch.atleast_1d(torch.tensor(std))
+        m, s = _channels(mean, "mean"), _channels(std, "std")
         if m.numel() != s.numel() and 1 not in (m.numel(), s.numel()):
             raise InvalidParameterError("Normalize(mean, std)", (mean, std), "they must be of as many channels")
         m, s = torch.broadcast_tensors(m.to(torch.get_default_dtype()), s.to(torch.get_default_dtype()))
@@ -60,6 +63,16 @@ class Normalize(nn.Module):
         return (x - self.mean.reshape(shape)) / self.std.reshape(shape)
 
 
+def _channels(values: Any, name: str) -> Tensor:
+    """Numbers, one or several, as a float64 tensor (C,)."""
+    requirement = f"{name} must be a finite number, or one for each channel"
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+    several = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    numbers = [number(value, "Normalize(mean, std)", requirement) for value in several]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").to(torch.get_default_device())
+
+
 @recorded()
 class PadChannels(nn.Module):
     """Append zero channels (or features): (B, c, ...) → (B, channels, ...); Lipschitz constant 1."""
@@ -68,9 +81,7 @@ class PadChannels(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise InvalidParameterError("channels", channels, "it must be at least 1")
-        self.channels = int(channels)
+        self.channels = count(channels, "channels")
 
     def forward(self, x: Tensor) -> Tensor:
         missing = self.channels - x.shape[1] if x.dim() > 1 else -1
@@ -90,9 +101,7 @@ class FirstFeatures(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if features < 1:
-            raise InvalidParameterError("features", features, "it must be at least 1")
-        self.features = int(features)
+        self.features = count(features, "features")
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or x.shape[1] < self.features:
@@ -114,9 +123,7 @@ class MeanPool(nn.Module):
 
     def __init__(self, kernel_size: int) -> None:
         super().__init__()
-        if kernel_size < 1:
-            raise InvalidParameterError("kernel_size", kernel_size, "it must be at least 1")
-        self.kernel_size = int(kernel_size)
+        self.kernel_size = count(kernel_size, "kernel_size")
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.kernel_size
@@ -163,14 +170,24 @@ def core_lipschitz(module: nn.Module) -> float | None:
         return _pooling_lipschitz(module)
     if type(module) not in KNOWN:
         return None
+    if (type(module) is nn.Flatten and module.start_dim == 0) or (type(module) is nn.Unflatten and module.dim == 0):
+        return None  # it mixes the samples of a batch
     # as its class has it: an attribute of that name put on an nn.Flatten says nothing
     return float(module.lipschitz) if isinstance(module, Normalize) else 1.0
 
 
-def _pooling_lipschitz(pool: nn.AvgPool2d) -> float | None:
-    def pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
-        return (size, size) if isinstance(size, int) else tuple(size)
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A size of torch's pooling or convolution as (vertical, horizontal): of a number, or one or two in a tuple or list.
 
+    Raises `ShapeError` for others.
+    """
+    found = sizes(size, "a size of a window", "one or two whole numbers", least=0)
+    if len(found) not in (1, 2):
+        raise ShapeError("a size of a window", "one or two whole numbers", found)
+    return found[0], found[-1]
+
+
+def _pooling_lipschitz(pool: nn.AvgPool2d) -> float | None:
     kh, kw = pair(pool.kernel_size)
     if pair(pool.stride) != (kh, kw) or pair(pool.padding) != (0, 0) or pool.ceil_mode:
         return None  # overlapping windows count a pixel more than once
@@ -198,9 +215,9 @@ def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = ""
     size = torch.Size(input_shape).numel()
     require_small(size, f"the matrix of {path or type(module).__name__!r}")
     generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6]).unsqueeze(-1)
-    probes = scales * torch.randn(len(scales), size, generator=generator)
-    points = torch.cat([torch.zeros(1, size), probes]).double().reshape(-1, *input_shape)
+    scales = torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6], dtype=torch.float64).unsqueeze(-1)
+    probes = scales * torch.randn(len(scales), size, generator=generator, dtype=torch.float64)
+    points = torch.cat([torch.zeros(1, size, dtype=torch.float64), probes]).reshape(-1, *input_shape)
     with torch.no_grad():
         images = module(points.clone()).flatten(1)
     b, images = images[0], images[1:]

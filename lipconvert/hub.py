@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .arguments import isolated
 from .certify import Certifier
 from .checkpoint import info, load, save
 from .container import DATA, GRAPH, read_manifest
@@ -21,6 +22,7 @@ from .schema import NetworkInfo, RobustnessReport
 CONFIG, CARD, MODEL = "config.json", "README.md", "model"
 
 
+@isolated
 def write_folder(
     net: Network,
     folder: str | Path,
@@ -102,6 +104,7 @@ def card(found: NetworkInfo, report: RobustnessReport | None = None) -> str:
     return "\n".join(lines)
 
 
+@isolated
 def push_to_hub(
     net: Network,
     repo_id: str,
@@ -124,6 +127,7 @@ def push_to_hub(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
 
 
+@isolated
 def from_hub(repo: str | Path, *, revision: str | None = None, token: str | None = None) -> Network:
     """The network in a repository "user/name" of the Hub, or in a folder that is there already.
 

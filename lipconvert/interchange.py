@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from .arguments import count, inputs_of, isolated, number
 from .bounds import output_shape
 from .errors import CheckpointError, DataError, InvalidParameterError, ShapeError
 from .files import alone, whole
@@ -33,6 +34,7 @@ from .onnx_plan import STRAIGHT, Plan, plan, slices, stored_W
 INWARD = 1e-9
 
 
+@isolated
 def explicit(net: Network) -> onnx.ModelProto:
     """The network as a plain feed-forward graph in float32: one ``Gemm`` for each block of states, no functions, no loops.
 
@@ -95,7 +97,9 @@ def _dense(a: Author, chosen: Plan, x: ir.Value, weight: Weight) -> ir.Value:
         return [M for M, _ in found], [z for _, z in found]
 
     for k, block in enumerate(parts):
-        identity = torch.equal(U[block], torch.eye(U.shape[1])[: len(U[block])]) and len(U[block]) == U.shape[1]
+        identity = (
+            torch.equal(U[block], torch.eye(U.shape[1], dtype=U.dtype)[: len(U[block])]) and len(U[block]) == U.shape[1]
+        )
         linear = all(activation.name == "identity" for activation, _ in stage.sigma[block])
         matrices, inputs = read(W[block], (U[block], x), k)
         if identity and linear and len(inputs) == 1 and not bool(b_z[block].any()):
@@ -120,6 +124,7 @@ def _images(a: Author, chosen: Plan, x: ir.Value, weight: Weight) -> ir.Value:
     return convolutions(a, chosen, inputs | {"x": x, "W": weight("W", chosen.W)})
 
 
+@isolated
 def write_vnnlib(
     path: str | Path, x: Tensor, label: int, classes: int, radius: float, box: tuple[float, float] | None = None
 ) -> None:
@@ -130,11 +135,11 @@ def write_vnnlib(
 
     Raises `InvalidParameterError` for a negative or infinite radius, or a label that is none of the classes.
     """
-    if not 0.0 <= radius < math.inf:
-        raise InvalidParameterError("radius", radius, "it must be finite and not negative")
-    if not 0 <= label < classes or classes < 2:
+    radius = number(radius, "radius", "it must be finite and not negative", least=0.0)
+    classes, label = count(classes, "the number of classes of a label", least=2), count(label, "label", least=0)
+    if label >= classes:
         raise InvalidParameterError("label", label, f"there are {classes} classes")
-    pixels = x.detach().double().flatten()
+    pixels = inputs_of(x, "the sample").detach().double().flatten()
     if not pixels.numel() or not bool(torch.isfinite(pixels).all()):
         raise ShapeError("the sample", "finite pixels", tuple(x.shape))
     half = radius / math.sqrt(len(pixels)) * (1.0 - INWARD)
@@ -161,6 +166,7 @@ def _decimal(value: float) -> str:
     return np.format_float_positional(value, trim="0", unique=True)
 
 
+@isolated
 def export_vnnlib(
     net: Network,
     folder: str | Path,

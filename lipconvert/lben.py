@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, Activations, activation_of
+from .arguments import count, isolated, make_ordinary, number, plain_tensor, require_ordinary, sizes
 from .construction import assemble, construct
 from .dae import DAE
 from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, full_precision, solve
@@ -83,23 +84,19 @@ class LBEN(nn.Module):
         fill: bool = True,
     ) -> None:
         super().__init__()
-        for label, size in (("in_features", in_features), ("states", states), ("out_features", out_features)):
-            if size < 1:
-                raise InvalidParameterError(label, size, "it must be at least 1")
-        if not 0.0 < lipschitz < float("inf"):
-            raise InvalidParameterError("lipschitz", lipschitz, "a Lipschitz constant must be positive and finite")
-        if not 0.0 <= epsilon < float("inf"):
-            raise InvalidParameterError("epsilon", epsilon, "it must be finite and not negative")
+        in_features, states = count(in_features, "in_features"), count(states, "states")
+        out_features = count(out_features, "out_features")
+        lipschitz, epsilon = _constants(lipschitz, epsilon)
         if isinstance(activation, Activations):
             self.sigma = activation
         else:
             self.sigma = Activations(activation_of(activation), states)
         if len(self.sigma) != states:
             raise ShapeError("activations", f"{states} rows", f"{len(self.sigma)} rows")
-        self.lipschitz, self.epsilon = float(lipschitz), float(epsilon)
+        self.lipschitz, self.epsilon = lipschitz, epsilon
         self.options, self.name = options, name
         self.blocks = _blocks((states,) if blocks is None else blocks, states)
-        self.grid = Grid((image, image) if isinstance(image, int) else tuple(image))
+        self.grid = Grid(tuple(image) if isinstance(image, Sequence) else (image, image))
         self.input_shape = (in_features, *self.grid.image)
         shapes = {
             "log_psi": (states,),
@@ -126,6 +123,7 @@ class LBEN(nn.Module):
             nn.init.zeros_(bias)
 
     @classmethod
+    @isolated
     def from_dae(cls, dae: DAE, epsilon: float = 0.0, delta: float = 0.0, options: SolverOptions = DEFAULT) -> LBEN:
         """The LBEN with the same function and constant as a DAE, in float64; see `lipconvert.construction.construct`."""
         P = construct(dae, epsilon, delta)
@@ -297,7 +295,9 @@ class LBEN(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LBEN:
         self.refresh()
-        return super()._apply(fn, recurse)
+        with torch.inference_mode(False):  # as of a network
+            make_ordinary(self)
+            return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.refresh()
@@ -337,10 +337,13 @@ class LBEN(nn.Module):
         return u
 
     def _flat(self, x: Tensor) -> Tensor:
-        expected = self.input_shape
+        x, expected = plain_tensor(x, f"the input of {self.name!r}"), self.input_shape
         if x.dim() < len(expected) or tuple(x.shape[-len(expected) :]) != expected:
             sizes = ", ".join(map(str, ("...", *expected)))
             raise ShapeError(f"the input of {self.name!r}", f"({sizes})", tuple(x.shape))
+        if x.dtype != self.b_z.dtype:
+            requirement = f"its parameters are {self.b_z.dtype}: cast one to the other"
+            raise InvalidParameterError(f"the dtype of the input of {self.name!r}", x.dtype, requirement)
         return x.reshape(x.shape[: x.dim() - len(expected)].numel(), *expected)
 
     @property
@@ -369,6 +372,7 @@ class LBEN(nn.Module):
             assembled = self._assembled()
             y = self.readout(self._solve(flat, assembled).value, assembled)
         else:
+            require_ordinary(self, f"stage {self.name!r}")
             if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
                 W, U, G = self.matrices()
                 map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid, kept=False)
@@ -379,7 +383,7 @@ class LBEN(nn.Module):
             u = self.grid.affine(U, self.grid.coordinates(flat), self.b_z)
             z = equilibrium(W, u, self.sigma, map, self.options, self._where)
             y = self.grid.values(self.grid.affine(G, z, self.b_y)).contiguous()
-        return y.reshape(*x.shape[: x.dim() - len(self.input_shape)], *y.shape[1:])
+        return y.reshape(*x.shape[: x.ndim - len(self.input_shape)], *y.shape[1:])
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a file of the whole module takes along: not the assembled W, and no compiled call."""
@@ -397,11 +401,9 @@ class LBEN(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         runs: Sequence[tuple[str, int]] = state["activations"]
         sigma, blocks = Activations.of((name, size) for name, size in runs), _blocks(state["blocks"], len(self.b_z))
-        lipschitz, epsilon = float(state["lipschitz"]), float(state["epsilon"])
+        lipschitz, epsilon = _constants(state["lipschitz"], state["epsilon"])
         if len(sigma) != len(self.b_z):
             raise ShapeError("the activations of an LBEN", f"{len(self.b_z)} rows", f"{len(sigma)} rows")
-        if not (0.0 < lipschitz < float("inf") and 0.0 <= epsilon < float("inf")):
-            raise InvalidParameterError("L, ε of the extra state", (lipschitz, epsilon), "L > 0 and ε ≥ 0 are needed")
         self.lipschitz, self.epsilon, self.sigma, self.blocks = lipschitz, epsilon, sigma, blocks
         self.refresh()
 
@@ -431,8 +433,14 @@ def _require_real_kernels(dae: DAE, V: Tensor) -> None:
             )
 
 
-def _blocks(sizes: Sequence[int], states: int) -> tuple[int, ...]:
-    blocks = tuple(int(size) for size in sizes)
-    if sum(blocks) != states or any(size < 1 for size in blocks):
+def _constants(lipschitz: float, epsilon: float) -> tuple[float, float]:
+    """(L, ε) as floats, L > 0 and ε ≥ 0."""
+    L = number(lipschitz, "lipschitz", "a Lipschitz constant must be positive and finite", above=0.0)
+    return L, number(epsilon, "epsilon", "it must be finite and not negative", least=0.0)
+
+
+def _blocks(given: Sequence[int], states: int) -> tuple[int, ...]:
+    blocks = sizes(given, "the blocks of an LBEN", f"positive sizes that add up to {states}")
+    if sum(blocks) != states:
         raise ShapeError("the blocks of an LBEN", f"positive sizes that add up to {states}", blocks)
     return blocks

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import inputs_of, make_ordinary, number, sizes
 from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .glue import core_lipschitz, may_write
 from .integrity import recorded
 from .lben import LBEN
 from .schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
+
+# What an input shape is.
+SAMPLE = "positive sizes of one sample, such as (1, 28, 28)"
 
 
 def passed(step: nn.Module, x: Tensor) -> Tensor:
@@ -47,9 +52,11 @@ class Network(nn.Module):
             if len(steps) != len(given):
                 raise ShapeError(name, f"{len(steps)} entries", f"{len(given)} entries")
         self.steps = nn.ModuleList(steps)
-        self.glue_lipschitz = tuple(None if g is None else float(g) for g in glue_lipschitz)
-        self.glue_rounding = tuple(None if g is None else (float(g[0]), float(g[1])) for g in glue_rounding)
-        self.input_shape = tuple(int(size) for size in input_shape)
+        self.glue_lipschitz = tuple(None if g is None else number(g, "glue_lipschitz") for g in glue_lipschitz)
+        self.glue_rounding = tuple(
+            None if g is None else (number(g[0], "glue_rounding"), number(g[1], "glue_rounding")) for g in glue_rounding
+        )
+        self.input_shape = sizes(input_shape, "input_shape", SAMPLE)
         self.class_names: tuple[str, ...] = ()
         self.provenance: Provenance | None = None
         self.training_summary: TrainingSummary | None = None
@@ -85,19 +92,40 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters, or of the numbers of glue where there are none."""
-        numbers = (t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
-        return next(numbers, torch.float64)
+        """The dtype of all numbers of all steps; float64 where there are none. Raises `InvalidParameterError` for several."""
+        return self._common("dtype", torch.float64)
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        """The device of all numbers of all steps, else the CPU. Raises `InvalidParameterError` for several."""
+        return self._common("device", torch.device("cpu"))
+
+    def _common(self, what: str, default: Any) -> Any:
+        found, first = default, -1
+        for k, step in enumerate(self.steps):
+            for tensor in (*step.parameters(), *step.buffers()):
+                if not tensor.is_floating_point():
+                    continue
+                if first < 0:
+                    found, first = getattr(tensor, what), k
+                elif getattr(tensor, what) != found:
+                    name = step.name if isinstance(step, LBEN) else type(step).__name__
+                    raise InvalidParameterError(
+                        f"the {what} of step {k} ({name!r})",
+                        getattr(tensor, what),
+                        f"that of step {first} is {found}: a network is cast and moved as a whole, as by net.float()",
+                    )
+        return found
 
     @property
     def lipschitz(self) -> float:
         """L: the product of the constants of all steps."""
         return math.prod(self.step_lipschitz)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Network:
+        with torch.inference_mode(False):  # a network that is cast in inference mode can be trained on
+            make_ordinary(self)
+            return super()._apply(fn, recurse)
 
     def set_options(self, options: SolverOptions) -> Network:
         """Solve all stages with these options; returns the network."""
@@ -105,30 +133,36 @@ class Network(nn.Module):
             stage.options = options
         return self
 
-    def checked(self, x: Tensor) -> Tensor:
-        """A batch (B, *input_shape) in the network's dtype. Raises `ShapeError`, `InvalidParameterError` for integers."""
+    def checked(self, x: Any) -> Tensor:
+        """A batch (B, *input_shape) in the network's dtype: the one place where inputs are admitted (`inputs_of`).
+
+        Raises `ShapeError`, and `InvalidParameterError` for what are no floats of an ordinary tensor or array.
+        """
+        x = inputs_of(x, "the input of the network")
         if tuple(x.shape[1:]) != self.input_shape or x.dim() < 1:
             shape = ", ".join(["B", *map(str, self.input_shape)])
             raise ShapeError(
                 "the input of the network", f"({shape})", tuple(x.shape), "The first dimension is the batch."
-            )
-        if not x.is_floating_point():
-            raise InvalidParameterError(
-                "the dtype of the input", x.dtype, "pixels must be floats (in [0, 1], not 0..255)"
             )
         return x.to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, *input_shape) -> (B, q)
         """The output for a batch, in the network's dtype (the input is cast to it)."""
         x = self.checked(x)
+        samples = len(x)
         for step in self.steps:
             x = passed(step, x)
+        if x.dim() < 1 or len(x) != samples:
+            raise ShapeError(
+                "the output of the network", f"({samples}, ...)", tuple(x.shape), "Glue mixes the samples."
+            )
         return x
 
     def methods(self, x: Tensor) -> list[str]:
-        """Which solver each stage takes for a batch, in order."""
+        """Which solver each stage takes for a batch, in order; the batch, and what is raised, as for `forward`."""
         found = []
         with torch.no_grad():
+            x = self.checked(x)
             for step in self.steps:
                 if isinstance(step, LBEN):
                     solution = step.solve(x)

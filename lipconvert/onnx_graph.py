@@ -31,7 +31,7 @@ from .accuracy import FARTHEST, REACH
 from .activations import Activations, MaxMin, activation_of, is_activation
 from .bounds import output_shape
 from .errors import CheckpointError
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, pair
 from .lben import LBEN
 from .network import Network
 from .onnx_author import DOMAIN, DTYPES, OPSET, Author, Columns, Frequencies, Kernel, next_to_one
@@ -482,8 +482,7 @@ def glue(
         return a.reshape(x, 0, *output_shape(step, shape))
     if isinstance(step, MeanPool | nn.AvgPool2d):
         c, h, w = shape
-        size = step.kernel_size
-        kh, kw = size if isinstance(size, tuple) else (size, size)
+        kh, kw = pair(step.kernel_size)
         divisor = kh if isinstance(step, MeanPool) else step.divisor_override or kh * kw
         h_out, w_out = output_shape(step, shape)[1:]
         if (h_out * kh, w_out * kw) != (h, w):  # torch leaves out what does not fill a window

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .arguments import isolated, number
 from .conditions import strict_multiplier
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
@@ -76,6 +77,7 @@ class Enclosure:
     radius_G: Tensor | None = None
 
     @classmethod
+    @isolated
     def of(cls, dae: DAE) -> Enclosure:
         """The DAE's own floats, nothing around them; on the CPU, where proofs are made."""
         return cls(dae.W.cpu(), dae.U.cpu(), dae.G.cpu(), dae.grid)
@@ -178,6 +180,7 @@ class Enclosure:
         return H, d, error
 
 
+@isolated
 def prove_lmi(dae: DAE | Enclosure, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Proof | NotProved:
     """Prove H(Λ, L) ≻ 0, condition (4), for these very floats; Λ and L default to the DAE's own.
 
@@ -196,6 +199,7 @@ def prove_lmi(dae: DAE | Enclosure, Lambda: Tensor | None = None, lipschitz: flo
     return _not_proved(H, error, L, f"H(Λ, L) at L = {L:.9g}")
 
 
+@isolated
 def prove_constant(dae: DAE, enclosure: Enclosure | None = None) -> Proof | NotProved:
     """The DAE's own L, proved at L(1 + δ) for the least δ of `DELTAS` that has a proof, by Λ or the strict multiplier Λ_δ.
 
@@ -213,6 +217,7 @@ def prove_constant(dae: DAE, enclosure: Enclosure | None = None) -> Proof | NotP
     return _not_proved(H, error, L, f"H(Λ, L) of {dae.name!r}, up to L = {L:.9g}")
 
 
+@isolated
 def prove_monotone(dae: DAE | Enclosure, metric: Tensor) -> float:
     """A proved μ ≥ 0 with X(P) = 2P − PW − W′P ⪰ 2μP for a diagonal metric P (n,); 0 where there is no proof.
 
@@ -262,6 +267,7 @@ def _least_of_definite(A: Tensor) -> float:
     return float(torch.linalg.eigvalsh(V.mH @ A @ V).amin())
 
 
+@isolated
 def prove_gains(
     enclosure: Enclosure, Q: Tensor, rows: Tensor, radius: Tensor | None = None, parts: str = "U"
 ) -> tuple[Tensor, Tensor]:
@@ -335,7 +341,11 @@ def _solved(
 def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | None) -> tuple[Enclosure, Tensor, float]:
     if isinstance(dae, DAE):
         Lambda = dae.Lambda if Lambda is None else Lambda
-        L = dae.lipschitz if lipschitz is None else float(lipschitz)
+        L = (
+            dae.lipschitz
+            if lipschitz is None
+            else number(lipschitz, "lipschitz", "it must be positive and finite", above=0.0)
+        )
         enclosure = Enclosure.of(dae)
     elif not isinstance(dae, Enclosure):
         raise InvalidParameterError(
@@ -344,7 +354,10 @@ def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | N
     else:
         if Lambda is None or lipschitz is None:
             raise InvalidParameterError("Lambda, L", None, "an Enclosure has none of its own")
-        enclosure, L = dae, float(lipschitz)
+        enclosure, L = (
+            dae,
+            number(lipschitz, "lipschitz", "it must be positive and finite", above=0.0),
+        )
     if not isinstance(Lambda, Tensor):
         raise InvalidParameterError("Lambda", type(Lambda).__name__, "it must be a tensor (n,)")
     Lambda = Lambda.detach().to("cpu", torch.float64)

@@ -270,7 +270,7 @@ def required_option(
         raise MissingOptionError(plugin, name, meaning) from None
     try:
         return value if kind is None else kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidParameterError(f"option {name!r}", repr(value), f"it must be the {meaning}") from None
 
 

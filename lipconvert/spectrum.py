@@ -20,6 +20,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
+from .arguments import sizes
 from .errors import InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
 from .rounding import gamma, operations
 
@@ -41,8 +42,8 @@ class Grid:
     image: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image", tuple(int(size) for size in self.image))
-        if len(self.image) not in (0, 2) or any(size < 1 for size in self.image):
+        object.__setattr__(self, "image", sizes(self.image, "the image of a Grid", "(h, w) or ()"))
+        if len(self.image) not in (0, 2):
             raise ShapeError("the image of a Grid", "(h, w) or ()", self.image)
 
     def __bool__(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .arguments import inputs_of, isolated, require_no_autocast
 from .conditions import H_matrix
 from .dae import DAE
 from .equilibrium import evaluate
@@ -51,6 +52,7 @@ def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None)
     return torch.stack(rows, dim=1)
 
 
+@isolated
 def validate(
     model: nn.Module,
     net: Network,
@@ -81,6 +83,7 @@ def validate(
     return compare(model, net, groups, daes, inputs, delta=delta, throw=throw)
 
 
+@isolated
 def compare(
     model: nn.Module,
     net: Network,
@@ -100,11 +103,15 @@ def compare(
     if inputs is None:
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(64, *net.input_shape, generator=generator, dtype=torch.float64)
-    elif tuple(inputs.shape[1:]) != net.input_shape or not len(inputs):
-        raise ShapeError("inputs", ("B", *net.input_shape), tuple(inputs.shape))
+    else:
+        inputs = inputs_of(inputs, "inputs")
+        if inputs.dim() < 1 or tuple(inputs.shape[1:]) != net.input_shape or not len(inputs):
+            raise ShapeError("inputs", ("B", *net.input_shape), tuple(inputs.shape))
     dtype, device = net.dtype, net.device
     if dtype not in TOLERANCE:
         raise InvalidParameterError("the dtype of the network", dtype, "networks are compared in float32 or float64")
+    if dtype != torch.float64:
+        require_no_autocast(device)
     original = copy.deepcopy(model).to("cpu", torch.float64).eval()
     network = copy.deepcopy(net).eval()
     for module in (original, network):

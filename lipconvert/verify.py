@@ -19,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort  # type: ignore[a
 from torch import Tensor
 
 from . import checkpoint
+from .arguments import isolated
 from .bounds import extremes
 from .certify import Certifier
 from .checkpoint import ERRORS, PAIRS, errors_of, exact_network, network_of
@@ -52,6 +53,7 @@ REFUSED = (
 )
 
 
+@isolated
 def verify(path: str | Path, seed: int | None = None) -> VerificationReport:
     """Check every claim of a checkpoint. ``seed``: of the inputs the graph is tried on, a fresh one by default.
 

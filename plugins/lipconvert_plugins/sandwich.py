@@ -23,6 +23,7 @@ from lipconvert import (
     computes_as,
     full_precision,
     hookimpl,
+    number,
     required_option,
 )
 
@@ -78,8 +79,7 @@ class SandwichLinear(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0.0 < scale < float("inf"):
-            raise InvalidParameterError("scale", scale, "it is the layer's Lipschitz constant, which must be positive")
+        scale = number(scale, "scale", "it is the layer's Lipschitz constant, which must be positive", above=0.0)
         self.in_features, self.out_features, self.scale = in_features, out_features, float(scale)
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_features, out_features + in_features))
@@ -127,8 +127,7 @@ class SandwichConv2d(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0.0 < scale < float("inf"):
-            raise InvalidParameterError("scale", scale, "it is the layer's Lipschitz constant, which must be positive")
+        scale = number(scale, "scale", "it is the layer's Lipschitz constant, which must be positive", above=0.0)
         if stride < 1:
             raise InvalidParameterError("stride", stride, "it must be at least 1")
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -190,8 +189,7 @@ class SandwichNetwork(nn.Sequential):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 < lipschitz < float("inf"):
-            raise InvalidParameterError("lipschitz", lipschitz, "a prescribed constant must be positive")
+        lipschitz = number(lipschitz, "lipschitz", "a prescribed constant must be positive", above=0.0)
         front = Front(inputs, image, in_channels, channels, conv_depth, pool)
         self.input_shape = front.input_shape
         widths = [front.features, *[front.features if features is None else features] * dense_depth, classes]
