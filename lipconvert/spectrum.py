@@ -77,7 +77,7 @@ class Grid:
         if not self.image:
             return x
         _require_float(x, "images")
-        return self.samples(torch.fft.rfft2(x).flatten(2).permute(2, 1, 0).contiguous())
+        return self.samples(_rfft2(x).flatten(2).permute(2, 1, 0).contiguous())
 
     def values(self, X: Tensor) -> Tensor:
         """Coordinates (B, n, F) → pixels (B, n, h, w); a dense (B, n) stays as it is."""
@@ -85,7 +85,7 @@ class Grid:
             return X
         # Along the first two dimensions, as coordinates lie in memory: the transform copies them no more than once.
         spectrum = self.columns(X).unflatten(0, (self.image[0], self._half))
-        return torch.fft.irfft2(spectrum, s=self.image, dim=(0, 1)).permute(3, 2, 0, 1)
+        return _irfft2(spectrum, self.image, (0, 1)).permute(3, 2, 0, 1)
 
     def matrices(self, K: Tensor) -> Tensor:
         """Kernels (rows, cols, h, w) → matrices (F, rows, cols), differentiable; a dense (rows, cols) stays as it is."""
@@ -94,7 +94,7 @@ class Grid:
         if tuple(K.shape[2:]) != self.image:
             raise ShapeError("a kernel", ("rows", "cols", *self.image), tuple(K.shape))
         _require_float(K, "kernels")
-        return torch.fft.rfft2(K).conj().flatten(2).permute(2, 0, 1).resolve_conj().contiguous()
+        return _rfft2(K).conj().flatten(2).permute(2, 0, 1).resolve_conj().contiguous()
 
     def kernels(self, M: Tensor) -> Tensor:
         """Matrices (F, rows, cols) → kernels (rows, cols, h, w); the inverse of `matrices`.
@@ -104,7 +104,7 @@ class Grid:
         if not self.image:
             return M
         spectrum = M.conj().permute(1, 2, 0).resolve_conj().contiguous()
-        return torch.fft.irfft2(spectrum.reshape(*M.shape[1:], self.image[0], self._half), s=self.image)
+        return _irfft2(spectrum.reshape(*M.shape[1:], self.image[0], self._half), self.image)
 
     def matrices_error(self, K: Tensor, M: Tensor) -> Tensor:
         """Entrywise bounds (F, rows, cols) of |M − exact spectra of the kernels K|, M as some FFT computed them.
@@ -195,6 +195,24 @@ class Grid:
         parts = torch.view_as_real(self.columns(X)).flatten(1)  # one matrix-vector product sums over the frequencies
         power = self.weights(X) @ parts.square()
         return power.reshape(X.shape[1], X.shape[0], 2).sum(-1).sqrt().mT
+
+
+def _rfft2(x: Tensor) -> Tensor:
+    """``torch.fft.rfft2`` of images (..., h, w), also of none: torch with MKL raises for those (pytorch issue 174984)."""
+    if 0 not in x.shape[:-2]:
+        return torch.fft.rfft2(x)
+    none = x.new_zeros(*x.shape[:-1], x.shape[-1] // 2 + 1, dtype=x.dtype.to_complex())
+    return none + x.sum()  # a function of x, as autograd sees it
+
+
+def _irfft2(X: Tensor, image: tuple[int, ...], dim: tuple[int, int] = (-2, -1)) -> Tensor:
+    """``torch.fft.irfft2`` along ``dim`` to images of a size; none from none, as `_rfft2`."""
+    if X.numel():
+        return torch.fft.irfft2(X, s=image, dim=dim)
+    shape = list(X.shape)
+    for axis, size in zip(dim, image, strict=True):
+        shape[axis] = size
+    return X.new_zeros(shape, dtype=X.dtype.to_real()) + X.sum().real
 
 
 def _require_float(x: Tensor, what: str) -> None:

@@ -370,7 +370,7 @@ def _convolution(
     if max(kernel) > image[0]:
         raise ShapeError(f"tensor {dotted(path, 'weight')!r}", f"a kernel within the image {image}", kernel)
     values = _values(layer, path)
-    half = torch.fft.rfft2(weight, image)  # the public code normalises these, we the kernel
+    half = Grid(image).convolution(weight)  # the public code normalises these, we the kernel
     values["alpha"] = values["alpha"] * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(half)
     module = SandwichConv2d(width, out, kernel, stride, "bias" in layer, activation, scale)
     return fill(module, values), image
