@@ -29,7 +29,7 @@ from .bounds import Bounds
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
 from .errors import InvalidParameterError, NoCertificateError
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, applied
 from .lben import LBEN
 from .proofs import Enclosure, prove_gains
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
@@ -381,7 +381,7 @@ class Accuracy:
                     pairs = (local_pairs + carried) * SLACK
             else:
                 step = copy.deepcopy(step).cpu().double() if double else step
-                y = step(x)
+                y = applied(step, x)
                 local = self._glue(step, L, x, largest, u, tiny)
                 if pairs is not None:
                     behind = math.prod(self._constants[k + 1 :])

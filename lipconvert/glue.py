@@ -14,6 +14,12 @@ from torch.nn import functional
 from .activations import MaxMin, activation_of, is_activation
 from .compose import require_small
 from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
+from .spectrum import pixel_unshuffle
+
+
+def applied(step: nn.Module, x: Tensor) -> Tensor:
+    """Glue on a batch; ``nn.PixelUnshuffle`` leaves the shape of images of no samples as it was."""
+    return pixel_unshuffle(x, step.downscale_factor) if type(step) is nn.PixelUnshuffle and not len(x) else step(x)
 
 
 class Normalize(nn.Module):

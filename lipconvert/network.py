@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
-from .glue import core_lipschitz
+from .glue import applied, core_lipschitz
 from .lben import LBEN
 from .schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
 
@@ -98,7 +98,7 @@ class Network(nn.Module):
         """The output for a batch, in the network's dtype (the input is cast to it)."""
         x = self.checked(x)
         for step in self.steps:
-            x = step(x)
+            x = applied(step, x)
         return x
 
     def methods(self, x: Tensor) -> list[str]:
@@ -111,7 +111,7 @@ class Network(nn.Module):
                     found.append(solution.method)
                     x = step.readout(solution.value)
                 else:
-                    x = step(x)
+                    x = applied(step, x)
         return found
 
     def info(self) -> NetworkInfo:

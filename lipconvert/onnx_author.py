@@ -101,6 +101,15 @@ class Author:
         """The values in another shape; −1: what is left, 0: as it is."""
         return self("Reshape", x, self.ints(*shape))
 
+    def wrap(self, x: ir.Value, around: Sequence[tuple[int, int]], grid: Grid) -> ir.Value:
+        """Images with pixels of the opposite side (before, after) them in both directions.
+
+        onnxruntime refuses B = 0 here (see `lipconvert.onnx_graph.build`); a Concat of slices would take it, and more time.
+        """
+        del grid
+        (top, bottom), (left, right) = around
+        return self("Pad", x, self.ints(0, 0, top, left, 0, 0, bottom, right), mode="wrap")
+
     def activate(self, activation: Activation, v: ir.Value) -> ir.Value:
         """σ(v), of operators that onnxruntime has in float64 too."""
         a = activation.parameter

@@ -215,10 +215,8 @@ def _convolved(
     for axis, wanted, stored in ((2, shape[0], kernel.rows), (3, shape[1], kernel.columns)):
         if tuple(wanted) != tuple(stored):
             K = a("Gather", K, a.ints(*(stored.index(offset) for offset in wanted)), axis=axis)
-    pads = (0, 0, -shape[0].start, -shape[1].start, 0, 0, shape[0].stop - 1, shape[1].stop - 1)
-    if any(pads):
-        x = a("Pad", x, a.ints(*pads), mode="wrap")
-    return a("Conv", x, K)
+    around = [(-offsets.start, offsets.stop - 1) for offsets in shape]
+    return a("Conv", a.wrap(x, around, grid) if any(map(any, around)) else x, K)
 
 
 def on_channels(a: Author, sigma: Activations, v: ir.Value) -> ir.Value:

@@ -344,6 +344,13 @@ def conv2d_adjoint(
     return conv2d_same(x, weight.flip(2, 3).transpose(0, 1), None, 1, (kh - 1 - p, kw - 1 - r), padding_mode)
 
 
+def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
+    """torch's ``pixel_unshuffle``, (B, c, h, w) → (B, c·factor², h/factor, w/factor); its own leaves the shape of B = 0."""
+    if x.numel():
+        return functional.pixel_unshuffle(x, factor)
+    return x.reshape(len(x), x.shape[1] * factor**2, x.shape[2] // factor, x.shape[3] // factor)
+
+
 def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:
     """The weight (out, in·stride², k′, k′) and origin of a strided convolution, on ``pixel_unshuffle(x, stride)``.
 
@@ -359,7 +366,7 @@ def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]
         pads.append((before, -(k + before) % stride))
         origin.append((p + before) // stride)
     padded = functional.pad(weight, (*pads[1], *pads[0]))
-    return functional.pixel_unshuffle(padded, stride), (origin[0], origin[1])
+    return pixel_unshuffle(padded, stride), (origin[0], origin[1])
 
 
 def hull(M: Tensor, dim: int) -> slice:

@@ -23,6 +23,7 @@ from lipconvert import (
     computes_as,
     full_precision,
     hookimpl,
+    pixel_unshuffle,
     required_option,
 )
 
@@ -150,7 +151,7 @@ class SandwichConv2d(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.stride or x.shape[3] % self.stride:
             expected = f"(B, {self.in_channels}, h, w), h and w multiples of {self.stride}"
             raise ShapeError("the input of SandwichConv2d", expected, tuple(x.shape))
-        x = functional.pixel_unshuffle(x, self.stride)
+        x = pixel_unshuffle(x, self.stride)
         grid = Grid(tuple(x.shape[2:]))
         A, B = self.AB((x.shape[2], x.shape[3]))
         phi = self.psi.exp()
