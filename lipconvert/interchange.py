@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .bounds import output_shape
-from .errors import CheckpointError, DataError, InvalidParameterError, ShapeError
+from .errors import CheckpointError, DataError, InvalidParameterError, NotFiniteError, ShapeError
 from .files import whole
 from .lben import LBEN
 from .network import Network
@@ -186,7 +186,7 @@ def export_vnnlib(
 
     ``data``: a map-style data set of (input, label); ``samples``: stop after so many properties. Raises `DataError` where no
     sample is classified correctly, `CheckpointError` for a network without feed-forward form, `ShapeError` where the output
-    is no vector of logits.
+    is no vector of logits, `NotFiniteError` for a sample that is not numbers.
     """
     target = Path(folder)
     model = explicit(net)
@@ -196,6 +196,8 @@ def export_vnnlib(
         if len(written) == samples:
             break
         x, label = data[k]
+        if bad := int((~torch.isfinite(x)).sum()):
+            raise NotFiniteError("the data", bad, x.numel(), [k])
         with torch.no_grad():
             logits = single(x.unsqueeze(0).float())[0]
         if logits.dim() != 1:

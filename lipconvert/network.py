@@ -13,6 +13,7 @@ from .errors import InvalidParameterError, NoCertificateError, ShapeError
 from .glue import applied, core_lipschitz
 from .lben import LBEN
 from .schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
+from .spectrum import from_samples
 
 
 class Network(nn.Module):
@@ -22,7 +23,8 @@ class Network(nn.Module):
     network from input to output; ``input_shape`` of one sample. ``glue_lipschitz``: for each step None, or the constant of
     glue the core does not know; that of its own glue is read off the module whenever it is asked for. Glue is frozen.
     ``class_names``, ``provenance`` (set by `convert`) and ``training_summary`` go into checkpoints with it.
-    Raises `ShapeError` for inputs that do not fit, `NotConvergedError` from the stages.
+    Raises `ShapeError` for inputs that do not fit, `NotFiniteError` naming samples that are not numbers, `NotConvergedError`
+    from the stages.
     """
 
     def __init__(
@@ -96,9 +98,10 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, *input_shape) -> (B, q)
         """The output for a batch, in the network's dtype (the input is cast to it)."""
-        x = self.checked(x)
-        for step in self.steps:
-            x = applied(step, x)
+        given = x = self.checked(x)
+        with from_samples(given, "the input of the network"):
+            for step in self.steps:
+                x = applied(step, x)
         return x
 
     def methods(self, x: Tensor) -> list[str]:

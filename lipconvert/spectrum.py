@@ -443,6 +443,28 @@ def require_finite(tensor: Tensor, where: str) -> None:
         raise NotFiniteError(where, bad, tensor.numel())
 
 
+def require_finite_samples(x: Tensor, where: str) -> None:
+    """Raise `NotFiniteError`, with the places of the samples, when any of a batch (B, ...) holds NaN or infinity."""
+    if bool(torch.isfinite(x.sum())):  # as in `require_finite`
+        return
+    good = torch.isfinite(x).reshape(len(x), -1)
+    if samples := (~good.all(1)).nonzero().flatten().tolist():
+        raise NotFiniteError(where, int((~good).sum()), x.numel(), samples)
+
+
+@contextmanager
+def from_samples(x: Tensor, where: str) -> Iterator[None]:
+    """Inside, what is not finite is put down to the samples of x (B, ...) that are not, before anything else.
+
+    Nothing is looked at, and no device waited for, until it is raised.
+    """
+    try:
+        yield
+    except NotFiniteError:
+        require_finite_samples(x, where)
+        raise
+
+
 def hermitian(M: Tensor) -> Tensor:
     """(M + M′)/2, (..., n, n) → (..., n, n)."""
     return 0.5 * (M + M.mH)
