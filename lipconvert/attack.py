@@ -27,7 +27,7 @@ from .errors import InvalidParameterError, ShapeError
 from .integrity import require_own
 from .network import Network
 from .rounding import SLACK, gamma
-from .spectrum import require_finite
+from .spectrum import require_finite_samples
 
 METHODS = ("pgd", "apgd", "ensemble")
 # Below, the toolbox's Square attack has tiles without pixels.
@@ -346,7 +346,7 @@ def _index(x: Tensor, seed: int, first: int) -> Tensor:
 def _ball(net: Network, x: Tensor, radius: float | Tensor, box: tuple[float, float] | None) -> tuple[_Ball, Tensor]:
     """The ball around x, and the logits at x; the network itself says whether x fits."""
     x = net.checked(x).detach().to(net.device)
-    require_finite(x, "x")
+    require_finite_samples(x, "x")
     y = net(x)
     x = x.flatten(1).clone()
     if box is not None:

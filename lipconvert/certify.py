@@ -263,12 +263,13 @@ def _met(certifier: Certifier, x: Tensor) -> float | None:
 
 def _first(data: Any, count: int) -> Tensor:
     """The first inputs of a data set or loader, (B, ...)."""
+    samples: list[Any] = []
     if isinstance(data, DataLoader):
         with torch.random.fork_rng(devices=[]):
-            batch = next(iter(data), None)
-        samples = (
-            [] if batch is None else list(zip(*batch, strict=True)) if isinstance(batch, list | tuple) else [batch]
-        )
+            for batch in data:
+                samples = list(zip(*batch, strict=True)) if isinstance(batch, list | tuple) else [batch]
+                if samples:  # a batch may be of none
+                    break
     elif isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise InvalidParameterError("data", type(data).__name__, "it must be a map-style data set or a DataLoader")
     else:

@@ -37,6 +37,15 @@ class LipconvertError(Exception):
         return paragraph(super().__str__() + layer + step)
 
 
+def _named(samples: Sequence[int], most: int = 3) -> str:
+    """``sample 3``, or ``samples 3, 17, 20 and 2 more``."""
+    if len(samples) == 1:
+        return f"sample {samples[0]}"
+    first = [str(sample) for sample in samples[:most]]
+    last = first.pop() if len(samples) <= most else f"{len(samples) - most} more"
+    return f"samples {', '.join(first)} and {last}"
+
+
 class ShapeError(LipconvertError):
     """A tensor has the wrong shape.
 
@@ -68,13 +77,21 @@ class InsufficientMemoryError(LipconvertError):
 
 
 class NotFiniteError(LipconvertError):
-    """A tensor holds NaN or infinity.
+    """A tensor holds NaN or infinity: weights, or, with ``samples``, some of a batch or of a data set.
 
-    Attributes: ``where`` names the tensor, ``count`` is the number of bad entries, ``total`` the number of entries.
+    Attributes: ``where`` names the tensor, ``count`` is the number of bad entries, ``total`` the number of entries,
+    ``samples`` the places of the samples that hold them, counted from 0.
     """
 
-    def __init__(self, where: str, count: int, total: int) -> None:
-        self.where, self.count, self.total = where, count, total
+    def __init__(self, where: str, count: int, total: int, samples: Sequence[int] = ()) -> None:
+        self.where, self.count, self.total, self.samples = where, count, total, tuple(samples)
+        if samples:
+            super().__init__(
+                f"{where}: {_named(self.samples)} (counted from 0), {count} of {total} entries, are NaN or infinite. "
+                "Usual causes: (a) values that are missing; (b) a division by zero, or an overflow in half precision, where "
+                "the data are made. Leave these samples out: x[torch.isfinite(x).flatten(1).all(1)] is the others."
+            )
+            return
         super().__init__(
             f"{where}: {count} of {total} entries are NaN or infinite. Usual causes: (a) a training run that diverged; "
             "(b) a division by a zero normaliser (T = 0, a zero column); (c) an overflow in half precision. "

@@ -54,7 +54,7 @@ from .network import Network
 from .plotting import plot_training, radius_name
 from .schema import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig, TrainingSummary
 from .shards import fingerprint, over
-from .spectrum import least_eigenvalue, roundoff
+from .spectrum import least_eigenvalue, require_finite_samples, roundoff
 from .trace import trace
 from .weights import opened
 
@@ -231,8 +231,7 @@ class Samples:
         ):
             shape = f"{labels.dtype} {tuple(labels.shape)}"
             raise InvalidParameterError(f"the labels of {where}", shape, f"they must be ({len(x)},) integers")
-        if bad := int((~torch.isfinite(x)).sum()):
-            raise NotFiniteError(f"the inputs of {where}", bad, x.numel())
+        require_finite_samples(x, f"the inputs of {where}")
         return cls(x, labels.long(), 1.0)
 
     @staticmethod

@@ -18,6 +18,17 @@ from .arguments import count, number, sizes
 from .compose import require_small
 from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
 from .integrity import recorded
+from .spectrum import pixel_unshuffle
+
+
+def applied(step: nn.Module, x: Tensor) -> Tensor:
+    """Glue on a batch. Of no samples torch's ``PixelUnshuffle``, and the gradient of ``PixelShuffle``, leave the shape."""
+    if len(x) or not isinstance(step, nn.PixelUnshuffle | nn.PixelShuffle):
+        return step(x)
+    if isinstance(step, nn.PixelUnshuffle):
+        return pixel_unshuffle(x, step.downscale_factor)
+    r = step.upscale_factor
+    return x.reshape(0, x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r)
 
 
 @recorded()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .arguments import count, inputs_of, isolated, number
 from .bounds import output_shape
-from .errors import CheckpointError, DataError, InvalidParameterError, ShapeError
+from .errors import CheckpointError, DataError, InvalidParameterError, NotFiniteError, ShapeError
 from .files import alone, whole
 from .integrity import require_own
 from .lben import LBEN
@@ -29,6 +29,7 @@ from .network import Network
 from .onnx_author import DTYPES, OPSET, Author
 from .onnx_graph import INPUT, IR_VERSION, LOGITS, convolutions, glue, on_channels
 from .onnx_plan import STRAIGHT, Plan, plan, slices, stored_W
+from .spectrum import Grid
 
 # The share of a radius that the corners of the box keep from the sphere, for the rounding of its sides.
 INWARD = 1e-9
@@ -38,14 +39,15 @@ INWARD = 1e-9
 def explicit(net: Network) -> onnx.ModelProto:
     """The network as a plain feed-forward graph in float32: one ``Gemm`` for each block of states, no functions, no loops.
 
-    Convolutional stages are ``Pad`` (mode ``wrap``) and ``Conv``. Raises `CheckpointError` for a stage that is a true
-    equilibrium: its W is not triangular, and no feed-forward graph computes it; `ModifiedModuleError` for hooks and the like.
+    Convolutional stages are ``Conv`` of images with slices of themselves around them. Raises `CheckpointError` for a stage
+    that is a true equilibrium: its W is not triangular, and no feed-forward graph computes it; `ModifiedModuleError` for
+    hooks and the like.
     """
     if not isinstance(net, Network):
         raise InvalidParameterError("net", type(net).__name__, "only a converted network is exported")
     require_own(net)
     net = copy.deepcopy(net).cpu().float()
-    a = Author(torch.float32)
+    a = _Author(torch.float32)
     shape = net.input_shape
     entry = x = ir.Value(name=INPUT, type=ir.TensorType(DTYPES[torch.float32]), shape=ir.Shape(["batch", *shape]))
     used: list[ir.Value] = []
@@ -79,6 +81,17 @@ def explicit(net: Network) -> onnx.ModelProto:
         [entry], [x], nodes=a.tape.nodes, initializers=used, opset_imports={"": OPSET}, name="feed-forward network"
     )
     return ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="lipconvert"))
+
+
+class _Author(Author):
+    """For verifiers: what every one of them reads, and what runs on a batch of 0 as it is."""
+
+    def wrap(self, x: ir.Value, around: Sequence[tuple[int, int]], grid: Grid) -> ir.Value:
+        for axis, size, (before, after) in zip((2, 3), grid.image, around, strict=True):
+            ends = [slice(size - before, size)] * (before > 0), [slice(0, after)] * (after > 0)
+            first, last = ([self.part(x, pixels, axis) for pixels in end] for end in ends)
+            x = self.concat([*first, x, *last], axis)
+        return x
 
 
 Weight = Callable[[str, Tensor], ir.Value]
@@ -182,7 +195,8 @@ def export_vnnlib(
 
     ``data``: a map-style data set of (input, label); ``samples``: stop after so many properties. Raises `DataError` where no
     sample is classified correctly, `CheckpointError` for a network without feed-forward form, `ShapeError` where the output
-    is no vector of logits, `InvalidParameterError` where another process that writes to the folder does not end.
+    is no vector of logits, `NotFiniteError` for a sample that is not numbers, `InvalidParameterError` where another process
+    that writes to the folder does not end.
     """
     model = explicit(net)
     with alone(folder, patient=True):
@@ -205,6 +219,8 @@ def _export(
         if len(written) == samples:
             break
         x, label = data[k]
+        if bad := int((~torch.isfinite(x)).sum()):
+            raise NotFiniteError("the data", bad, x.numel(), [k])
         with torch.no_grad():
             logits = single(x.unsqueeze(0).float())[0]
         if logits.dim() != 1:

@@ -25,7 +25,7 @@ from .dae import DAE
 from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, full_precision, solve
 from .errors import InvalidParameterError, ShapeError
 from .integrity import recorded, require_own
-from .spectrum import Grid, require_finite
+from .spectrum import Grid, from_samples, require_finite
 from .state_map import StateMap, triangular_blocks
 
 
@@ -55,7 +55,8 @@ class LBEN(nn.Module):
 
     Parameters: log_psi (n,), G (q, n), U (n, p), V (n, n), S (n, n), b_z (n,), b_y (q,). With an image G, U, V and S are
     real kernels of its size, G (q, n, h, w) and so on (`Grid.kernels`): every value of them is an L-Lipschitz network.
-    Forward raises `ShapeError` for inputs that do not fit and `NotConvergedError`.
+    Forward raises `ShapeError` for inputs that do not fit, `NotFiniteError` for samples that are not numbers and
+    `NotConvergedError`.
     """
 
     log_psi: nn.Parameter
@@ -352,8 +353,9 @@ class LBEN(nn.Module):
 
     def solve(self, x: Tensor, options: SolverOptions | None = None) -> Solution:
         """The states z of a batch x (B, p, ...), in coordinates, with status, residual and steps per sample; no gradient."""
-        with torch.no_grad():
-            return self._solve(self._flat(x), self._assembled(), options)
+        flat = self._flat(x)
+        with torch.no_grad(), from_samples(flat, f"the input of {self.name!r}"):
+            return self._solve(flat, self._assembled(), options)
 
     def _solve(self, x: Tensor, assembled: _Assembled, options: SolverOptions | None = None) -> Solution:
         u = self.drive(x, assembled)
@@ -368,22 +370,25 @@ class LBEN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y = Gz + b_y: (..., p) → (..., q), or (..., p, h, w) → (..., q, h, w). Autocast changes nothing here."""
         flat = self._flat(x)
+        with from_samples(flat, f"the input of {self.name!r}"):
+            y = self._forward(flat)
+        return y.reshape(*x.shape[: x.ndim - len(self.input_shape)], *y.shape[1:])
+
+    def _forward(self, flat: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             assembled = self._assembled()
-            y = self.readout(self._solve(flat, assembled).value, assembled)
+            return self.readout(self._solve(flat, assembled).value, assembled)
+        require_ordinary(self, f"stage {self.name!r}")
+        if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
+            W, U, G = self.matrices()
+            map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid, kept=False)
         else:
-            require_ordinary(self, f"stage {self.name!r}")
-            if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
-                W, U, G = self.matrices()
-                map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid, kept=False)
-            else:
-                assembled = self._assembled()
-                map, U, G = assembled.map, self.grid.matrices(self.U), assembled.G
-                W = map.W
-            u = self.grid.affine(U, self.grid.coordinates(flat), self.b_z)
-            z = equilibrium(W, u, self.sigma, map, self.options, self._where)
-            y = self.grid.values(self.grid.affine(G, z, self.b_y)).contiguous()
-        return y.reshape(*x.shape[: x.ndim - len(self.input_shape)], *y.shape[1:])
+            assembled = self._assembled()
+            map, U, G = assembled.map, self.grid.matrices(self.U), assembled.G
+            W = map.W
+        u = self.grid.affine(U, self.grid.coordinates(flat), self.b_z)
+        z = equilibrium(W, u, self.sigma, map, self.options, self._where)
+        return self.grid.values(self.grid.affine(G, z, self.b_y)).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a file of the whole module takes along: not the assembled W, and no compiled call."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .arguments import inputs_of, make_ordinary, number, sizes
 from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
-from .glue import core_lipschitz, may_write
+from .glue import applied, core_lipschitz, may_write
 from .integrity import recorded
 from .lben import LBEN
 from .schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
+from .spectrum import from_samples
 
 # What an input shape is.
 SAMPLE = "positive sizes of one sample, such as (1, 28, 28)"
@@ -23,7 +24,7 @@ SAMPLE = "positive sizes of one sample, such as (1, 28, 28)"
 
 def passed(step: nn.Module, x: Tensor) -> Tensor:
     """What a step makes of x; x stays as it is, and with it the caller's input, whatever the step does in place."""
-    return step(x.clone() if not isinstance(step, LBEN) and may_write(step) else x)
+    return step(x) if isinstance(step, LBEN) else applied(step, x.clone() if may_write(step) else x)
 
 
 @recorded("class_names", "provenance", "training_summary", whole=True)
@@ -36,7 +37,8 @@ class Network(nn.Module):
     each step None, or (a, b) of glue the core does not know: evaluated with unit roundoff u it errs by at most u(a + b‖x‖₂);
     without it nothing is certified. Glue is frozen, and in eval mode whatever the network's.
     ``class_names``, ``provenance`` (set by `convert`) and ``training_summary`` go into checkpoints with it.
-    Raises `ShapeError` for inputs that do not fit, `NotConvergedError` from the stages.
+    Raises `ShapeError` for inputs that do not fit, `NotFiniteError` naming samples that are not numbers, `NotConvergedError`
+    from the stages.
     """
 
     def __init__(
@@ -148,13 +150,13 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, *input_shape) -> (B, q)
         """The output for a batch, in the network's dtype (the input is cast to it)."""
-        x = self.checked(x)
-        samples = len(x)
-        for step in self.steps:
-            x = passed(step, x)
-        if x.dim() < 1 or len(x) != samples:
+        given = x = self.checked(x)
+        with from_samples(given, "the input of the network"):
+            for step in self.steps:
+                x = passed(step, x)
+        if x.dim() < 1 or len(x) != len(given):
             raise ShapeError(
-                "the output of the network", f"({samples}, ...)", tuple(x.shape), "Glue mixes the samples."
+                "the output of the network", f"({len(given)}, ...)", tuple(x.shape), "Glue mixes the samples."
             )
         return x
 

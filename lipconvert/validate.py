@@ -19,7 +19,7 @@ from .integrity import require_own
 from .lben import LBEN
 from .network import Network, passed
 from .schema import CheckResult, ValidationReport
-from .spectrum import least_eigenvalue
+from .spectrum import least_eigenvalue, require_finite_samples
 from .trace import Step, group, stage_dae, trace
 
 # What a conversion promises, relative: outputs, input gradients, W. Float32 rounds the parameters themselves.
@@ -75,8 +75,9 @@ def validate(
     ``delta``: the δ the network was converted with, 0 if its constants must be the source's own; None takes any δ ≥ 0.
     ``plugin``, ``merge``, ``dense``: as it was converted.
 
-    Raises `EquivalenceError` with the report when a check fails, unless ``throw`` is False; `ShapeError` for inputs that
-    do not fit; `ModifiedModuleError` for hooks and the like on the network; whatever converting the source raises.
+    Raises `EquivalenceError` with the report when a check fails, unless ``throw`` is False; `ShapeError`,
+    `InvalidParameterError` and `NotFiniteError` for inputs that do not fit, are none, or no numbers; `ModifiedModuleError`
+    for hooks and the like on the network; whatever converting the source raises.
     """
     groups = group(trace(model, net.input_shape, plugin, dense), merge)
     daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
@@ -105,8 +106,11 @@ def compare(
         inputs = torch.randn(64, *net.input_shape, generator=generator, dtype=torch.float64)
     else:
         inputs = inputs_of(inputs, "inputs")
-        if inputs.dim() < 1 or tuple(inputs.shape[1:]) != net.input_shape or not len(inputs):
+        if inputs.dim() < 1 or tuple(inputs.shape[1:]) != net.input_shape:
             raise ShapeError("inputs", ("B", *net.input_shape), tuple(inputs.shape))
+        if not len(inputs):
+            raise InvalidParameterError("inputs", "empty", "at least one sample is needed to compare on")
+        require_finite_samples(inputs, "inputs")
     dtype, device = net.dtype, net.device
     if dtype not in TOLERANCE:
         raise InvalidParameterError("the dtype of the network", dtype, "networks are compared in float32 or float64")

@@ -108,6 +108,14 @@ def test_outputs_are_within_the_error_bound(saved, dtype, scale):
         assert float(bound.max()) < 1e5 * float(off.max())
 
 
+def test_no_samples(saved, dtype):
+    net, _, path = saved
+    x = torch.rand(2, *net.input_shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+    both, none = run(path, x), run(path, x[:0])
+    assert [y.dtype for y in none] == [y.dtype for y in both]
+    assert [tuple(y.shape) for y in none] == [(0, *y.shape[1:]) for y in both]
+
+
 def test_no_radius_is_larger_than_what_is_certified(saved, dtype):
     net, certifier, path = saved
     generator = torch.Generator().manual_seed(3)

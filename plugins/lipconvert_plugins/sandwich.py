@@ -24,6 +24,7 @@ from lipconvert import (
     full_precision,
     hookimpl,
     number,
+    pixel_unshuffle,
     required_option,
 )
 
@@ -149,7 +150,7 @@ class SandwichConv2d(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.stride or x.shape[3] % self.stride:
             expected = f"(B, {self.in_channels}, h, w), h and w multiples of {self.stride}"
             raise ShapeError("the input of SandwichConv2d", expected, tuple(x.shape))
-        x = functional.pixel_unshuffle(x, self.stride)
+        x = pixel_unshuffle(x, self.stride)
         grid = Grid(tuple(x.shape[2:]))
         A, B = self.AB((x.shape[2], x.shape[3]))
         phi = self.psi.exp()
@@ -368,7 +369,7 @@ def _convolution(
     if max(kernel) > image[0]:
         raise ShapeError(f"tensor {dotted(path, 'weight')!r}", f"a kernel within the image {image}", kernel)
     values = _values(layer, path)
-    half = torch.fft.rfft2(weight, image)  # the public code normalises these, we the kernel
+    half = Grid(image).convolution(weight)  # the public code normalises these, we the kernel
     values["alpha"] = values["alpha"] * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(half)
     module = SandwichConv2d(width, out, kernel, stride, "bias" in layer, activation, scale)
     return fill(module, values), image
