@@ -877,7 +877,9 @@ def function_like(name: str, operator: str) -> onnx.FunctionProto:
 
 GRAPHS: dict[str, Forge] = {
     "the logits scaled": graph(
-        lambda m: behind(m, "logits", lambda y, kind: [number(kind, 1.001, "c"), helper.make_node("Mul", [y, "c"], ["logits"])])
+        lambda m: behind(
+            m, "logits", lambda y, kind: [number(kind, 1.001, "c"), helper.make_node("Mul", [y, "c"], ["logits"])]
+        )
     ),
     "logits that are negative": graph(lambda m: behind(m, "logits", lambda y, _: [helper.make_node("Neg", [y], ["logits"])])),
     "logits as they are, by one node more": graph(
@@ -1026,11 +1028,11 @@ def graph_cases() -> Iterator[Case]:
 
 
 def some(cases: Iterator[Case]) -> Iterator[Case]:
-    """Of many alike a third, by their names, and the first of each place: the suite takes less than a minute."""
+    """Of many alike a sixth, by their names, and the first of each place: the suite takes about a minute."""
     seen = set()
     for case in cases:
-        place = re.sub(r"\d+", "", case.what.partition(":")[0])
-        if place not in seen or zlib.crc32(str(case).encode()) % 3 == 0:
+        place = re.sub(r"node \d+", "", case.what.partition(":")[0].removesuffix(", and the graph"))
+        if place not in seen or zlib.crc32(str(case).encode()) % 6 == 0:
             yield case
         seen.add(place)
 
@@ -1071,13 +1073,12 @@ def test_every_field_and_every_tensor_is_forged():
     whats = [case.what for case in CASES]
     for name in {name for model in models(Manifest) for name in model.model_fields}:
         assert any(f".{name}" in f".{what.partition(':')[0]}" for what in whats), name
+    forged = {what.partition(":")[0] for what in whats}
     for name in FOUR:
-        tensors = {case.what.partition(":")[0] for case in CASES if case.key[0] == name}
-        assert set(honest(name, F64, True, "pair").files.tensors) <= tensors
+        assert set(honest(name, F64, True, "pair").files.tensors) <= forged
     assert len(CASES) == len({str(case) for case in CASES}) > 300
-    assert {case.key for case in CASES} >= {
-        (n, d, r, f) for n in FOUR for d in (F64, F32) for r in (True, False) for f in FORMS
-    }
+    kinds = itertools.product(FOUR, (F64, F32), (True, False), FORMS)
+    assert {case.key for case in CASES} >= set(kinds)
 
 
 @pytest.mark.parametrize(("name", "dtype", "form"), KEYS)
@@ -1173,7 +1174,7 @@ def test_forgeries(case, tmp_path):
         case.forge(files)
     except UnwritableError:
         return
-    assert files != given.files, "nothing is forged"
+    assert files.differs(given.files), "nothing is forged"
     path = files.write(tmp_path)
     report = lc.verify(path, seed=0)
     try:
