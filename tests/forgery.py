@@ -70,6 +70,14 @@ class Files:
     def copy(self) -> Files:
         return copy.deepcopy(self)
 
+    def differs(self, other: Files) -> bool:
+        """Whether anything of it is another."""
+        mine, its = (
+            (f.manifest, {name: (M.dtype, M.shape, M.tobytes()) for name, M in f.tensors.items()}, f.model, f.places)
+            for f in (self, other)
+        )
+        return mine != its
+
     @property
     def stages(self) -> list[int]:
         """The places of the stages among the steps."""

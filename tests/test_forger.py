@@ -66,8 +66,16 @@ def triangular() -> lc.Network:
     return lc.convert(model, (4,), check=False)
 
 
+def biased(model: nn.Module) -> nn.Module:
+    """Biases are not zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
 def tuned() -> lc.Network:
-    model = nn.Sequential(SLLLinear(4, 3), SLLLinear(4, 3), nn.Linear(4, 3))
+    model = biased(nn.Sequential(SLLLinear(4, 3), SLLLinear(4, 3), nn.Linear(4, 3)))
     return shaken(lc.convert(model, (4,), check=False, epsilon=1e-3, delta=1e-1))
 
 
@@ -77,7 +85,7 @@ def equilibrium() -> lc.Network:
 
 def images(of: Callable[..., lc.Network] = lc.convert) -> lc.Network:
     layers = SLLConv2d(2, 2, kernel_size=3), SLLConv2d(2, 1, kernel_size=3), lc.MeanPool(2), nn.Flatten()
-    return of(nn.Sequential(*layers, SLLLinear(18, 3), nn.Linear(18, 3)), (2, 6, 6), check=False)
+    return of(biased(nn.Sequential(*layers, SLLLinear(18, 3), nn.Linear(18, 3))), (2, 6, 6), check=False)
 
 
 def tuned_images() -> lc.Network:
@@ -388,9 +396,9 @@ def moved(name: str, function: Callable[[np.ndarray], np.ndarray]) -> Forge:
 
 
 def one(M: np.ndarray, factor: float, add: float = 0.0) -> np.ndarray:
-    """The largest entry is changed."""
+    """The largest entry is changed; of zeros, the first."""
     place = np.unravel_index(np.abs(M).argmax(), M.shape)
-    M[place] = M[place] * factor + add
+    M[place] = M[place] * factor + add if M[place] else factor - 1.0
     return M
 
 
@@ -399,7 +407,7 @@ TENSORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "one entry a millionth more": lambda M: one(M, 1.0 + 0.9e-6),
     "one entry a thousandth more": lambda M: one(M, 1.0 + 1e-3, 1e-3),
     "one entry with another sign": lambda M: one(M, -1.0),
-    "a millionth less": lambda M: M * (1.0 - 0.9e-6),
+    "a millionth less": lambda M: M * (1.0 - 0.9e-6) - 0.9e-6 * (0.0 if M.any() else 1.0),
     "a tenth": lambda M: M * 0.1,
     "ten times": lambda M: M * 10.0,
     "another sign": lambda M: -M - (M == 0.0),
@@ -696,7 +704,7 @@ def claim_cases() -> Iterator[Case]:
         "large errors": lambda f: f.tensors["errors"].fill(1e6),
         "pairs on the diagonal": lambda f: np.fill_diagonal(f.tensors["pairs"], 1.0),
         "negative pairs on the diagonal": lambda f: np.fill_diagonal(f.tensors["pairs"], -1.0),
-        "certified at the prescribed L": certified(1.0, 0.0),
+        "certified a little below the prescribed L": certified(1.0 - 1e-9, 0.0),
         "certified at 0.9 L": certified(0.9, 0.0),
         "certified at 2 L, and said": certified(2.0, 1.0),
         "certified at 2 L, and not said": certified(2.0, 0.0),
@@ -877,7 +885,9 @@ def function_like(name: str, operator: str) -> onnx.FunctionProto:
 
 GRAPHS: dict[str, Forge] = {
     "the logits scaled": graph(
-        lambda m: behind(m, "logits", lambda y, kind: [number(kind, 1.001, "c"), helper.make_node("Mul", [y, "c"], ["logits"])])
+        lambda m: behind(
+            m, "logits", lambda y, kind: [number(kind, 1.001, "c"), helper.make_node("Mul", [y, "c"], ["logits"])]
+        )
     ),
     "logits that are negative": graph(lambda m: behind(m, "logits", lambda y, _: [helper.make_node("Neg", [y], ["logits"])])),
     "logits as they are, by one node more": graph(
@@ -1026,11 +1036,11 @@ def graph_cases() -> Iterator[Case]:
 
 
 def some(cases: Iterator[Case]) -> Iterator[Case]:
-    """Of many alike a third, by their names, and the first of each place: the suite takes less than a minute."""
+    """Of many alike a sixth, by their names, and the first of each place: the suite takes about a minute."""
     seen = set()
     for case in cases:
-        place = re.sub(r"\d+", "", case.what.partition(":")[0])
-        if place not in seen or zlib.crc32(str(case).encode()) % 3 == 0:
+        place = re.sub(r"node \d+", "", case.what.partition(":")[0].removesuffix(", and the graph"))
+        if place not in seen or zlib.crc32(str(case).encode()) % 6 == 0:
             yield case
         seen.add(place)
 
@@ -1071,13 +1081,12 @@ def test_every_field_and_every_tensor_is_forged():
     whats = [case.what for case in CASES]
     for name in {name for model in models(Manifest) for name in model.model_fields}:
         assert any(f".{name}" in f".{what.partition(':')[0]}" for what in whats), name
+    forged = {what.partition(":")[0] for what in whats}
     for name in FOUR:
-        tensors = {case.what.partition(":")[0] for case in CASES if case.key[0] == name}
-        assert set(honest(name, F64, True, "pair").files.tensors) <= tensors
+        assert set(honest(name, F64, True, "pair").files.tensors) <= forged
     assert len(CASES) == len({str(case) for case in CASES}) > 300
-    assert {case.key for case in CASES} >= {
-        (n, d, r, f) for n in FOUR for d in (F64, F32) for r in (True, False) for f in FORMS
-    }
+    kinds = itertools.product(FOUR, (F64, F32), (True, False), FORMS)
+    assert {case.key for case in CASES} >= set(kinds)
 
 
 @pytest.mark.parametrize(("name", "dtype", "form"), KEYS)
@@ -1094,7 +1103,8 @@ def test_honest_files(name, dtype, form, tmp_path):
         path = files.write(folder)
         report = lc.verify(path, seed=0)
         assert report.passed, report.failures()
-        assert lost(path, files, given) == []
+        if form == "pair":  # the same graph and numbers as embedded
+            assert lost(path, files, given) == []
         moved_to = folder.rename(tmp_path / f"elsewhere {radius}") / path.name
         net = lc.load(moved_to)
         assert lc.verify(moved_to, seed=0).passed
@@ -1173,7 +1183,7 @@ def test_forgeries(case, tmp_path):
         case.forge(files)
     except UnwritableError:
         return
-    assert files != given.files, "nothing is forged"
+    assert files.differs(given.files), "nothing is forged"
     path = files.write(tmp_path)
     report = lc.verify(path, seed=0)
     try:
