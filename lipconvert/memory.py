@@ -20,7 +20,7 @@ from .activations import MaxMin, is_activation
 from .dae import DAE
 from .errors import InsufficientMemoryError, LipconvertError
 from .glue import core_lipschitz
-from .integrity import DROPOUT
+from .integrity import DROPOUT, require_source
 from .registry import registry
 from .spectrum import Grid
 
@@ -81,6 +81,7 @@ def sizes_of(model: nn.Module, input_shape: tuple[int, ...], plugin: str | None,
     found: list[StageSize] = []
     apart = True  # glue stands between what was found last and what follows
     try:
+        require_source(model)
         model = copy.deepcopy(model).to("meta").eval()
         for path, module, states, shape in _layers(model, input_shape, "", plugin):
             if states is None:

@@ -423,7 +423,7 @@ TAKE_NO_BATCH = """
 DAE Activation Conditions Enclosure FinetuneReport H_matrix LipschitzBound Manifest NotProved Plugin PluginInfo Proof
 Provenance Registry RobustnessReport Status TrainingConfig TrainingSummary ValidationReport VerificationReport X_matrix
 absorb activation_of affine check coarsen compose computes_as convert dense_operator densify elementwise eliminate from_hub
-from_state_dict gauge hookimpl lipschitz_bound max_min plugins prove_constant prove_gains prove_lmi prove_monotone
+count from_state_dict gauge hookimpl lipschitz_bound max_min number plugins prove_constant prove_gains prove_lmi prove_monotone
 push_to_hub read_manifest read_weights registry required_option scale strict_multiplier strided_weight to_dae verify
 write_report
 """

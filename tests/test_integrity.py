@@ -574,7 +574,7 @@ def test_ranges_of_relu6():
             lc.convert(nn.Sequential(nn.Linear(4, 4), relu6, nn.Linear(4, 3)), (4,))
 
 
-@pytest.mark.parametrize("value", [math.nan, "0.5", True, 0.5j, torch.tensor(0.5), None], ids=repr)
+@pytest.mark.parametrize("value", [math.nan, "0.5", True, 0.5j, torch.tensor([0.5]), None], ids=repr)
 def test_an_activation_takes_numbers_only(value):
     for name in ("elu", "leaky_relu", "softplus", "relu"):
         with pytest.raises(lc.InvalidParameterError):
