@@ -420,10 +420,11 @@ WALKED = {
 
 # What takes a model, a DAE, a file, weights or words, and makes its own samples if it needs any.
 TAKE_NO_BATCH = """
-DAE Activation Conditions Enclosure FinetuneReport H_matrix LipschitzBound Manifest NotProved Plugin PluginInfo Proof
+DAE Activation Conditions Enclosure FinetuneReport H_matrix LipschitzBound Manifest NotProved Plugin
+count number PluginInfo Proof
 Provenance Registry RobustnessReport Status TrainingConfig TrainingSummary ValidationReport VerificationReport X_matrix
 absorb activation_of affine check coarsen compose computes_as convert dense_operator densify elementwise eliminate from_hub
-count from_state_dict gauge hookimpl lipschitz_bound max_min number plugins prove_constant prove_gains prove_lmi prove_monotone
+from_state_dict gauge hookimpl lipschitz_bound max_min plugins prove_constant prove_gains prove_lmi prove_monotone
 push_to_hub read_manifest read_weights registry required_option scale strict_multiplier strided_weight to_dae verify
 write_report
 """

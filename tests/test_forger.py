@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from forgery import DATA, FORMS, GRAPH, Files, Honest, Truth, lost
+from forgery import DATA, DERIVED, FORMS, GRAPH, Files, Honest, Truth, lost
 from lipconvert_plugins.mondeq import MonDEQ
 from lipconvert_plugins.sll import SLLConv2d, SLLLinear
 from onnx import AttributeProto, StringStringEntryProto, TensorProto, helper
@@ -1112,7 +1112,9 @@ def test_honest_files(name, dtype, form, tmp_path):
         lc.save(net, again, embed=form == "embedded")
         assert lc.verify(again, seed=0).passed
         for key, M in Files.read(again, form).tensors.items():
-            assert np.array_equal(M, files.tensors[key])
+            derived = key.rsplit(".", 1)[-1] in DERIVED  # products and transforms may be added up in another order
+            size = np.finfo(M.dtype).eps * float(np.abs(M).max()) if M.size else 0.0
+            np.testing.assert_allclose(M, files.tensors[key], rtol=1e-6 * derived, atol=64.0 * size * derived)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
