@@ -46,8 +46,8 @@ MOST_BRACKETS = 100_000
 # Bytes of a graph beside its tensors and the transforms of its images: nodes, at about 150 bytes each.
 MOST_GRAPH = 32_000_000
 
-# Fields of a model (functions, metadata), of a graph in it (nodes, initialisers), and of a tensor.
-MOST_PARTS, MOST_NODES, MOST_WORDS = 10_000, 100_000, 100
+# Fields of a model (functions, metadata), of a graph in it (nodes, tensors), and of a tensor; tensors, as in a manifest.
+MOST_PARTS, MOST_NODES, MOST_WORDS, MOST_TENSORS = 10_000, 50_000, 100, 10_000
 
 # Bytes of a tensor beside its numbers: its name, its shape, where its numbers are.
 MOST_ABOUT = 20_000
@@ -251,6 +251,8 @@ class Header:
         _require_few(name, "header", text)
         try:
             found = json.loads(text)
+            if not isinstance(found, dict):
+                raise TypeError(f"it is no object, but a {type(found).__name__}")
             metadata = found.pop("__metadata__", {})
             places, entries = {}, {}
             for key, entry in found.items():
@@ -340,6 +342,8 @@ class Graph:
             if field.number != INITIALIZER:
                 self._add(view, onnx.GraphProto, f"{where}.", field)
                 continue
+            if len(self.tensors) == MOST_TENSORS:
+                raise ValueError(f"it has more than {MOST_TENSORS} tensors")
             words, numbers = b"", None
             for part in fields(at, field.start, field.stop, MOST_WORDS):
                 if part.number != RAW:
