@@ -1,4 +1,4 @@
-"""Files that are links, as in caches of downloads: they load and verify as what they lead to; what is not there is not known."""
+"""Files that are links, as in caches of downloads: they load and verify as what they lead to; and claims not checked."""
 
 import json
 import os

@@ -55,7 +55,8 @@ def test_the_same_as_onnxruntime_and_torch(kind, dtype, inline, tmp_path):
     x = torch.randn(5, *net.input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(net.dtype)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     runs = session.run(names, {"input": x.numpy()})
-    found = ReferenceEvaluator(model).run(names, {"input": x.numpy()})
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a class with itself, which is not looked at
+        found = ReferenceEvaluator(model).run(names, {"input": x.numpy()})
     expected = net(x).detach().numpy()
     assert np.abs(found[0] - expected).max() <= tolerance * np.abs(expected).max()
     for name, ours, theirs in zip(names, found, runs, strict=True):
