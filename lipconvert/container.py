@@ -222,6 +222,16 @@ class RegularFile:
             raise UnreadableError(self.name, str(error)) from error
 
 
+def read_text(path: Path, most: int) -> bytes:
+    """A file of JSON, whole. Raises `CheckpointError` for more bytes, or more lists and objects, than are read."""
+    with RegularFile(path) as file:
+        if file.size > most:
+            raise CheckpointError(file.name, "file", f"it has {file.size} bytes, and at most {most} are read")
+        text = bytes(file.at(0, file.size))
+    _require_few(str(path), "file", text)
+    return text
+
+
 @dataclass(frozen=True)
 class Header:
     """What a safetensors file says before its data: metadata, and where each tensor's bytes are in the file."""

@@ -529,3 +529,22 @@ class TestSaveRefuses:
         with pytest.raises(lc.CheckpointError):
             lc.save(net, folder / suffix)
         assert not folder.exists() or not list(folder.iterdir())
+
+
+class TestHub:
+    """A folder of the Hub, whose ``config.json`` repeats the manifest."""
+
+    @pytest.mark.parametrize("config", ["100 MB of blanks", "lists in lists", "a million lists", "a pipe", "/dev/zero"])
+    def test_configs(self, config, tmp_path):
+        (tmp_path / "model.safetensors").write_bytes(saved("tiny")[DATA])
+        target = tmp_path / "config.json"
+        if config == "a pipe":
+            os.mkfifo(target)
+        elif config == "/dev/zero":
+            target.symlink_to(config)
+        elif config == "100 MB of blanks":
+            write_sparse(target, {0: b"{"}, 100_000_000)
+        else:
+            target.write_bytes(b"[" * 90_000 if config == "lists in lists" else b"[" + b"[]," * 10**6 + b"[]]")
+        with pytest.raises(lc.CheckpointError, match="config"):
+            lc.from_hub(tmp_path)
