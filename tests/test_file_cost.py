@@ -285,6 +285,9 @@ MANIFESTS = {
     "50 MB of provenance": lambda m: m.update(
         provenance={"model": "x" * 50_000_000, "sha256": "", "plugins": [], "versions": {}}
     ),
+    "2 MB of provenance": lambda m: m.update(
+        provenance={"model": "x" * container.MOST_MANIFEST, "sha256": "", "plugins": [], "versions": {}}
+    ),
     "a hundred thousand plugins": lambda m: m.update(
         provenance={"model": "", "sha256": "", "plugins": [{}] * 10**5, "versions": {}}
     ),
