@@ -21,20 +21,21 @@ import onnx.inliner
 import onnx_ir as ir
 import torch
 from onnx import StringStringEntryProto
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from .activations import Activations, activation_module, activation_of, is_activation
-from .arguments import default_dtype, isolated
+from .activations import activation_of, is_activation
+from .arguments import isolated
 from .bounds import class_pairs, extremes, metrics, output_shape
 from .certify import Certifier
 from .container import DATA, GRAPH, MANIFEST, Header, entry_of, finish, location_of, read, write_data, write_graph
-from .errors import CheckpointError, LipconvertError, NoCertificateError
+from .errors import CheckpointError, NoCertificateError
 from .files import replaced, whole
 from .glue import KNOWN
 from .integrity import require_own
 from .lben import LBEN
 from .network import Network
-from .onnx_author import DTYPES
+from .onnx_author import DOMAIN, DTYPES
 from .onnx_graph import RADIUS, RESIDUAL, build
 from .onnx_plan import OUTWARDS, Plan, full_kernels, plan, road, stored_W
 from .proofs import Enclosure, Proof, prove_constant, prove_monotone
@@ -48,17 +49,12 @@ from .schema import (
     StageCertificate,
     StageEntry,
 )
-
-# Values of one sample between steps: more than any network here has.
-MOST_VALUES = 10**9
+from .skeleton import ERRORS, PAIRS, skeleton
 
 # Shares by which claims are weaker than what was proved here: sums are added up in another order elsewhere, a search ends a
 # little sooner. Error bounds consist of norms that are found in steps (`lipconvert.rounding.norm_bound`). Whoever verifies
 # them compares exactly.
 OUTWARDS_ERRORS = 2e-2
-
-# Tensors of a stage beside its parameters, and of the whole network.
-DERIVED, PAIRS, ERRORS = ("W", "multiplier", "metric"), "pairs", "errors"
 
 
 @isolated
@@ -123,7 +119,10 @@ def save(
             raise CheckpointError(str(target), "class_names", reason)
     if RADIUS in outputs and certifier is None:
         certifier = Certifier(net)
-    manifest, tensors, plans = _described(net, str(target), with_graph, prove, certifier, RADIUS in outputs)
+    try:
+        manifest, tensors, plans = _described(net, str(target), with_graph, prove, certifier, RADIUS in outputs)
+    except ValidationError as error:  # too many steps, or names that are too long
+        raise CheckpointError(str(target), "manifest", str(error)) from error
     if not with_graph:
         with whole(target) as partial:
             finish(target.with_suffix(GRAPH))  # of which this would overwrite what a kill left of its data
@@ -309,6 +308,9 @@ def graph_of(
     model = ir.to_proto(build(net, plans, tensors, outputs))
     if inline:
         model = onnx.inliner.inline_local_functions(model)
+        kept = [opset for opset in model.opset_import if opset.domain != DOMAIN]  # there are no functions left
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
     used = {initializer.name for initializer in model.graph.initializer}
     algorithm = model.training_info.add().algorithm
     algorithm.name = "parameters"
@@ -351,86 +353,20 @@ def info(path: str | Path) -> NetworkInfo:
 
 def network_of(manifest: Manifest, tensors: Mapping[str, Tensor], name: str) -> Network:
     """The network that a manifest describes, with its tensors."""
-    dtype = getattr(torch, manifest.dtype)
-    parameters = dict(tensors)
+    net = skeleton(manifest, name)
     for key, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(name, f"tensor {key!r}", "it holds NaN or infinity")
-    for name_of in (PAIRS, ERRORS):
-        parameters.pop(name_of, None)
-    steps: list[nn.Module] = []
-    for index, entry in enumerate(manifest.steps):
-        if isinstance(entry, StageEntry):
-            _require_sizes(entry, index, tensors, name)  # before anything of the size it claims is made
-            for derived in DERIVED:
-                parameters.pop(f"steps.{index}.{derived}", None)
-        try:
-            with default_dtype(torch.float64):  # of numbers of glue, which are cast with the network
-                steps.append(_stage(entry, dtype) if isinstance(entry, StageEntry) else _glue(entry))
-        except (LipconvertError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(name, f"manifest step {index}", str(error)) from error
-    try:
-        net = Network(steps, [None] * len(steps), manifest.input_shape).to(dtype).eval()
-    except (LipconvertError, ArithmeticError, TypeError, ValueError) as error:  # of glue whose arguments make no sense
-        raise CheckpointError(name, "manifest steps", str(error)) from error
-    _fill(net, parameters, name)
-    _require_shapes(net, name)
+    wanted = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
+    for key, value in wanted.items():
+        given = tensors.get(key)
+        if given is None or given.shape != value.shape or given.dtype != value.dtype:
+            expected, actual = ("missing" if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (value, given))
+            raise CheckpointError(name, f"tensor {key!r}", f"it is {actual}, the manifest says {expected}")
+    net.load_state_dict({key: tensors[key] for key in wanted}, strict=False, assign=True)
     net.class_names = tuple(manifest.class_names)
     net.provenance, net.training_summary = manifest.provenance, manifest.training
     return net
-
-
-def _require_sizes(entry: StageEntry, index: int, tensors: Mapping[str, Tensor], path: str) -> None:
-    n, p, q = entry.states, entry.inputs, entry.outputs
-    for key, sizes in (("U", (n, p)), ("G", (q, n)), ("V", (n, n)), ("S", (n, n))):
-        found, shape = tensors.get(f"steps.{index}.{key}"), (*sizes, *entry.image)
-        if found is None or tuple(found.shape) != shape:
-            actual = "missing" if found is None else f"of shape {tuple(found.shape)}"
-            raise CheckpointError(path, f"tensor 'steps.{index}.{key}'", f"{actual}, the manifest says {shape}")
-    W = tensors.get(f"steps.{index}.W")
-    taps = () if W is None else tuple(W.shape[2:])
-    fits = W is not None and tuple(W.shape[:2]) == (n, n) and len(taps) == len(entry.image) == len(entry.origin)
-    # the taps of W are no more than the image has, and the one in place is among them
-    if not fits or any(k > size or not -k < o <= 0 for k, size, o in zip(taps, entry.image, entry.origin, strict=True)):
-        actual = "missing" if W is None else f"of shape {tuple(W.shape)} from {entry.origin}"
-        wanted = f"({n}, {n}) and windows of {entry.image}" if entry.image else f"({n}, {n})"
-        raise CheckpointError(path, f"tensor 'steps.{index}.W'", f"{actual}, the manifest says {wanted}")
-
-
-def _require_shapes(net: Network, path: str) -> None:
-    """Every step takes what the one before gives, for one sample; nothing of these sizes is made."""
-    shape = net.input_shape
-    for index, step in enumerate(net.steps):
-        where = f"manifest step {index}"
-        if isinstance(step, LBEN):
-            if shape != step.input_shape:
-                raise CheckpointError(
-                    path, where, f"its input is {step.input_shape}, and what comes before gives {shape}"
-                )
-            shape = (len(step.b_y), *step.grid.image)
-            continue
-        try:
-            like = next(iter(step.buffers()), torch.zeros((), dtype=torch.float32, device="cpu"))
-            shape = tuple(copy.deepcopy(step).to("meta")(torch.zeros(2, *shape, dtype=like.dtype, device="meta")).shape)
-            if shape[:1] != (2,):
-                raise ValueError("it mixes the samples of a batch")
-            shape = shape[1:]
-        except (LipconvertError, ArithmeticError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(path, where, f"it does not take inputs of {shape}: {error}") from error
-        if math.prod(shape) > MOST_VALUES:
-            raise CheckpointError(path, where, f"its output would be {shape}")
-
-
-def _fill(net: Network, tensors: Mapping[str, Tensor], path: str) -> None:
-    wanted = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
-    for key in sorted(wanted.keys() ^ tensors.keys()):
-        raise CheckpointError(path, f"tensor {key!r}", "missing" if key in wanted else "unexpected")
-    for key, value in tensors.items():
-        if value.shape != wanted[key].shape or value.dtype != wanted[key].dtype:
-            expected, actual = (f"{t.dtype} {tuple(t.shape)}" for t in (wanted[key], value))
-            raise CheckpointError(path, f"tensor {key!r}", f"it is {actual}, the manifest says {expected}")
-        with torch.no_grad():
-            wanted[key].copy_(value)
 
 
 def _stage_entry(
@@ -452,25 +388,6 @@ def _stage_entry(
     )
 
 
-def _stage(entry: StageEntry, dtype: torch.dtype) -> LBEN:
-    return LBEN(
-        entry.inputs,
-        entry.states,
-        entry.outputs,
-        lipschitz=entry.lipschitz,
-        epsilon=entry.epsilon,
-        activation=Activations.of((name, size) for name, size in entry.activations),
-        blocks=entry.blocks,
-        name=entry.name,
-        image=entry.image,
-        dtype=dtype,
-        fill=False,
-    )
-
-
-_KINDS = {kind.__name__: kind for kind in KNOWN}
-
-
 def _glue_entry(module: nn.Module, path: str) -> GlueEntry:
     if is_activation(module):
         return GlueEntry(type="Activation", arguments={"name": str(activation_of(module))})
@@ -484,17 +401,3 @@ def _glue_entry(module: nn.Module, path: str) -> GlueEntry:
         if isinstance(value, tuple):
             arguments[name] = list(value)
     return GlueEntry(type=type(module).__name__, arguments=arguments)
-
-
-def _glue(entry: GlueEntry) -> nn.Module:
-    arguments: dict[str, Any] = dict(entry.arguments)
-    if entry.type == "Activation" and set(arguments) == {"name"}:
-        return activation_module(str(arguments["name"]))
-    if entry.type not in _KINDS:
-        raise ValueError(f"unknown glue {entry.type!r}")
-    kind = _KINDS[entry.type]
-    if set(arguments) != set(KNOWN[kind]):
-        raise ValueError(f"{entry.type} needs the arguments {sorted(KNOWN[kind])}, not {sorted(arguments)}")
-    return kind(
-        **{name: tuple(v) if kind is nn.Unflatten and isinstance(v, list) else v for name, v in arguments.items()}
-    )

@@ -44,6 +44,7 @@ from .errors import (
     InvalidParameterError,
     LipconvertError,
     ModelError,
+    UnreadableError,
     WeightsError,
 )
 from .escaping import paragraph, printable
@@ -936,9 +937,12 @@ def verify(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check everything a checkpoint claims, afresh from its files alone; exit code 1 when any claim does not hold."""
+    """Check everything a checkpoint claims, afresh from its files alone.
+
+    Exit code 1 when any claim does not hold, 2 when none is false but some could not be checked.
+    """
     if not path.is_file():
-        raise CheckpointError(str(path), "file", "it cannot be read: there is no such file")
+        raise UnreadableError(str(path), "there is no such file")
     with _progress() as bars:
         bars.add_task("verifying", total=None)
         report = verify_checkpoint(path, seed)
@@ -947,7 +951,7 @@ def verify(
     else:
         _say(_console(), *str(report).split("\n"))
     if not report.passed:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if report.refuted else 2)
 
 
 DataOption = Annotated[str | None, typer.Option("--data", help=f"{', '.join(data.NAMES)}; in place of a recipe's own")]

@@ -252,12 +252,27 @@ class MissingOptionError(LipconvertError):
 class CheckpointError(LipconvertError):
     """A lipconvert checkpoint is damaged, incomplete or of an unknown version.
 
-    Attributes: ``path``, ``field`` (tensor or manifest entry).
+    Attributes: ``path``, ``field`` (tensor or manifest entry), ``reason``. What a file says may be long, so field and reason
+    are cut after `MOST_LETTERS`.
     """
 
+    MOST_LETTERS = 2000
+
     def __init__(self, path: str, field: str, reason: str) -> None:
-        self.path, self.field = path, field
-        super().__init__(f"{path}: {field}: {reason}")
+        self.path, self.field, self.reason = path, self._cut(field), self._cut(reason)
+        super().__init__(f"{path}: {self.field}: {self.reason}")
+
+    @classmethod
+    def _cut(cls, words: str) -> str:
+        more = len(words) - cls.MOST_LETTERS
+        return f"{words[: cls.MOST_LETTERS]}... ({more} letters more)" if more > 0 else words
+
+
+class UnreadableError(CheckpointError):
+    """A file of a checkpoint that is not there, or that cannot be read: nothing is known of what it says."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, "file", reason if reason.startswith("it cannot") else f"it cannot be read: {reason}")
 
 
 class EquivalenceError(LipconvertError):

@@ -12,7 +12,7 @@ from typing import Any
 from .arguments import isolated
 from .certify import Certifier
 from .checkpoint import info, load, save
-from .container import DATA, GRAPH, read_manifest
+from .container import DATA, GRAPH, MOST_HEADER, read_manifest, read_text
 from .errors import CheckpointError, InvalidParameterError
 from .escaping import markdown
 from .files import alone, whole
@@ -140,8 +140,8 @@ def from_hub(repo: str | Path, *, revision: str | None = None, token: str | None
         folder = Path(_hub().snapshot_download(str(repo), revision=revision, token=token, allow_patterns=wanted))
     data = folder / (MODEL + DATA)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_text(folder / CONFIG, MOST_HEADER))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(str(folder / CONFIG), "file", f"it cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("lipconvert") != read_manifest(data).model_dump(mode="json"):
         raise CheckpointError(str(folder / CONFIG), "lipconvert", f"it is not the manifest of {data.name}")

@@ -359,7 +359,7 @@ def _frame(a: Author, grid: Grid) -> Columns:
 def _function(
     name: str, inputs: Sequence[ir.Value], outputs: Mapping[str, ir.Value], a: Author, doc: str
 ) -> ir.Function:
-    opsets = {"": OPSET, DOMAIN: 1}
+    opsets = _opsets(a)
     for label, value in outputs.items():
         value.name = label
     graph = ir.Graph(
@@ -368,6 +368,11 @@ def _function(
     function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
     function.doc_string = doc
     return function
+
+
+def _opsets(a: Author) -> dict[str, int]:
+    """The operator sets of what was written, none that it does not use: functions are called outside loops."""
+    return {domain: {"": OPSET, DOMAIN: 1}[domain] for domain in sorted({"", *(node.domain for node in a.tape.nodes)})}
 
 
 def _refine(dtype: torch.dtype) -> ir.Function:
@@ -530,6 +535,8 @@ def build(
         one[len(shape) + 1] = 1
         x = a("Pad", entry, a("Where", a("Equal", count, a.ints(0)), a.constant(one), a.constant(none)))
 
+    if any(plan.how.method == "splitting" for plan in plans.values()):
+        functions.append(_refine(net.dtype))  # before what calls it, for runtimes that read in order
     for k, step in enumerate(net.steps):
         following = output_shape(step, shape)
         if isinstance(step, LBEN):
@@ -568,14 +575,12 @@ def build(
         radius.name, radius.type, radius.shape = RADIUS, ir.TensorType(ir.DataType.DOUBLE), ir.Shape(["batch"])
         results.append(radius)
         functions.append(_radius_function(net.dtype))
-    if any(plan.how.method == "splitting" for plan in plans.values()):
-        functions.append(_refine(net.dtype))
     graph = ir.Graph(
         [entry],
         results,
         nodes=a.tape.nodes,
         initializers=list(used.values()),
-        opset_imports={"": OPSET, DOMAIN: 1},
+        opset_imports=_opsets(a),
         name="network",
     )
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="lipconvert", functions=functions)

@@ -9,12 +9,17 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, model_validator
 
 from .escaping import printable
 from .files import whole
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+# Of what comes in a file: the first entry that is wrong is told, not a million of them.
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Shape = Annotated[list[Size], FailFast(), Field(max_length=8)]
+Image = Annotated[list[int], FailFast(), Field(max_length=8)]
 
 
 def json_text(document: Any, indent: int | None = None) -> str:
@@ -195,8 +200,8 @@ class Provenance(_Document):
 
     model: str = Field(description="type of the source model")
     sha256: str = Field(description="of its state dict: names, dtypes, shapes and bytes in order of names")
-    plugins: list[PluginSource]
-    versions: dict[str, str] = Field(description="of lipconvert and torch at conversion")
+    plugins: Annotated[list[PluginSource], FailFast()]
+    versions: dict[str, str] = Field(max_length=100, description="of lipconvert and torch at conversion")
 
 
 class TrainingSummary(_Document):
@@ -204,7 +209,7 @@ class TrainingSummary(_Document):
 
     data: str = ""
     epochs: int | None = Field(default=None, ge=0)
-    notes: dict[str, str | float | int | bool | None] = Field(default={})
+    notes: dict[str, str | float | int | bool | None] = Field(default={}, max_length=1000)
 
 
 class PairBound(_Document):
@@ -305,7 +310,7 @@ class GlueEntry(_Document):
 
     kind: Literal["glue"] = "glue"
     type: str
-    arguments: dict[str, str | float | int | list[int] | list[float] | None]
+    arguments: dict[str, str | float | int | list[int] | list[float] | None] = Field(max_length=10)
 
 
 class StageEntry(_Document):
@@ -318,10 +323,10 @@ class StageEntry(_Document):
     outputs: int = Field(ge=1)
     lipschitz: float = Field(gt=0.0)
     epsilon: float = Field(ge=0.0)
-    activations: list[tuple[str, int]]
-    blocks: list[int]
-    image: list[int] = Field(default=[])
-    origin: list[int] = Field(default=[], description="offset of the first stored tap of the kernels W")
+    activations: Annotated[list[tuple[str, int]], FailFast()] = Field(min_length=1)
+    blocks: Annotated[list[int], FailFast()] = Field(min_length=1)
+    image: Image = Field(default=[])
+    origin: Image = Field(default=[], description="offset of the first stored tap of the kernels W")
     graph: GraphEntry | None = Field(default=None, description="null in a file without a graph")
     certificate: StageCertificate | None = Field(default=None, description="null: nothing was proved")
 
@@ -331,7 +336,7 @@ class TensorEntry(_Document):
 
     name: str
     dtype: Literal["float32", "float64"]
-    shape: list[int]
+    shape: Shape
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of its bytes, little-endian, row by row")
 
 
@@ -342,13 +347,19 @@ class Manifest(_Document):
     """What a checkpoint says of itself, in the metadata of its data file (``lipconvert``) and of its graph."""
 
     format_version: Literal[2] = FORMAT_VERSION
-    versions: dict[str, str] = Field(description="of lipconvert, onnx and onnx_ir, which wrote the graph")
-    input_shape: list[int]
+    versions: dict[str, str] = Field(
+        max_length=100, description="of lipconvert, onnx and onnx_ir, which wrote the graph"
+    )
+    input_shape: Shape
     dtype: Literal["float32", "float64"]
-    steps: list[Annotated[StageEntry | GlueEntry, Field(discriminator="kind")]]
-    tensors: list[TensorEntry]
+    steps: Annotated[list[Annotated[StageEntry | GlueEntry, Field(discriminator="kind")]], FailFast()] = Field(
+        max_length=1000
+    )
+    tensors: Annotated[list[TensorEntry], FailFast()] = Field(max_length=10_000)
     bound: LogitBound | None = Field(default=None, description="null: nothing was proved of the logits")
-    class_names: list[str] = Field(default=[])
+    class_names: Annotated[list[Annotated[str, Field(max_length=1000)]], FailFast()] = Field(
+        default=[], description="as many as there are outputs, or none"
+    )
     provenance: Provenance | None = None
     training: TrainingSummary | None = None
 
@@ -358,7 +369,7 @@ class Claim(_Document):
 
     claim: str
     where: str = Field(description="a file, a stage, or the network")
-    passed: bool
+    passed: bool | None = Field(description="null: it could not be checked, so nothing is known of it")
     found: str = Field(description="the numbers, in words")
 
 
@@ -367,17 +378,24 @@ class VerificationReport(_Document):
 
     path: str
     claims: list[Claim] = Field(min_length=1)
-    passed: bool = Field(description="every claim holds")
+    passed: bool = Field(description="every claim was checked, and holds")
+
+    @property
+    def refuted(self) -> bool:
+        """Whether some claim was checked and does not hold."""
+        return any(c.passed is False for c in self.claims)
 
     def failures(self) -> list[str]:
-        """The claims that do not hold, in words."""
+        """The claims that do not hold, or could not be checked, in words."""
         return [f"{c.claim} ({c.where}): {c.found}" for c in self.claims if not c.passed]
 
     def __str__(self) -> str:
-        """One line for each claim, and how many are false; fit for a terminal, whatever names are in it."""
-        lines = [f"{'ok    ' if c.passed else 'FAILED'}  {c.where}: {c.claim}: {c.found}" for c in self.claims]
-        lines = list(map(printable, lines))
-        return "\n".join([*lines, f"{len(lines)} claims, {len(self.failures()) or 'none'} of them false"])
+        """One line for each claim, and how many are false, or not checked; fit for a terminal whatever names are in it."""
+        words = {True: "ok         ", False: "FAILED     ", None: "not checked"}
+        lines = [printable(f"{words[c.passed]}  {c.where}: {c.claim}: {c.found}") for c in self.claims]
+        false, unknown = (sum(c.passed is state for c in self.claims) for state in (False, None))
+        verdict = f"{len(lines)} claims, {false or 'none'} of them false"
+        return "\n".join([*lines, verdict + (f"; not verified: {unknown} not checked" if unknown else "")])
 
 
 class _Options(_Document):

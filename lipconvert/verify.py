@@ -7,8 +7,9 @@ hold for the floats stored; that the constants of logits can be proved again; th
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from .arguments import isolated
 from .bounds import extremes
 from .certify import Certifier
 from .checkpoint import ERRORS, PAIRS, errors_of, exact_network, network_of
-from .container import GRAPH, Stored, read
-from .errors import CheckpointError, LipconvertError
+from .container import DIGEST, Graph, Stored, read
+from .errors import CheckpointError, LipconvertError, UnreadableError
 from .lben import LBEN
 from .network import Network
 from .onnx_graph import INPUT, LOGITS
@@ -53,31 +54,44 @@ REFUSED = (
 )
 
 
+# How the stages are written, derived once.
+Plans = Callable[[], dict[int, Plan]]
+
+
 @isolated
 def verify(path: str | Path, seed: int | None = None) -> VerificationReport:
     """Check every claim of a checkpoint. ``seed``: of the inputs the graph is tried on, a fresh one by default.
 
-    A file that is damaged, or no checkpoint, fails its first claim; nothing is raised for what is in it.
+    A file that is damaged, or no checkpoint, fails its first claim; nothing is raised for what is in it. What cannot be
+    checked, as the files cannot be read or the graph is that of another version, is not known, and so not verified.
     """
     name = str(path)
-    claims: list[Claim] = []
     try:
         stored = read(path)
-        entries = stored.manifest.tensors
-        kinds = "graph and data" if stored.graph is not None else "data"
-        claims.append(_claim("the files are what was saved", name, True, f"SHA-256 of {kinds}, {len(entries)} tensors"))
         net = network_of(stored.manifest, stored.tensors, name)
     except CheckpointError as error:
-        claims.append(_claim("the files are what was saved", name, False, str(error)))
+        known = None if isinstance(error, UnreadableError) else False
+        claims = [_claim("the files are what was saved", name, known, str(error))]
         return VerificationReport(path=name, claims=claims, passed=False)
+    kinds = "graph and data" if stored.graph is not None else "data"
+    found = f"SHA-256 of {kinds}, {len(stored.tensors)} tensors"
+    claims = [_claim("the files are what was saved", name, True, found)]
+    # What costs least comes first: checkers and runtimes see no graph that lipconvert has not written.
+    own = None
+    plans = cache(lambda: _plans(stored, net))
+    if stored.graph is not None:
+        written, own = _written(stored, stored.graph, net, plans, name)
+        claims.append(written)
     stages = [(k, entry) for k, entry in enumerate(stored.manifest.steps) if isinstance(entry, StageEntry)]
     exact = exact_network(net, {k: (stored.tensors[f"steps.{k}.W"], _origin(entry)) for k, entry in stages})
-    for check in (_stages(stored, net, exact), _bounds(stored, net, exact), _graph(stored, net, Path(path), seed)):
+    for check in (_stages(stored, net, exact), _bounds(stored, exact, plans)):
         claims += check
+    if stored.graph is not None:
+        claims += _runs(own, stored, net, secrets.randbits(32) if seed is None else seed, name)
     return VerificationReport(path=name, claims=claims, passed=all(claim.passed for claim in claims))
 
 
-def _claim(claim: str, where: str, passed: bool, found: str) -> Claim:
+def _claim(claim: str, where: str, passed: bool | None, found: str) -> Claim:
     return Claim(claim=claim, where=where, passed=passed, found=found)
 
 
@@ -162,7 +176,7 @@ def _reason(answer: Proof | NotProved) -> str:
     return answer.reason if isinstance(answer, NotProved) else ""
 
 
-def _bounds(stored: Stored, net: Network, exact: Network) -> Iterator[Claim]:
+def _bounds(stored: Stored, exact: Network, plans: Plans) -> Iterator[Claim]:
     """The constants of the logits, proved again by the method that is claimed, and the error bounds of the graph."""
     claimed, pairs, errors = stored.manifest.bound, stored.tensors.get(PAIRS), stored.tensors.get(ERRORS)
     if claimed is None and pairs is None and errors is None:
@@ -182,7 +196,7 @@ def _bounds(stored: Stored, net: Network, exact: Network) -> Iterator[Claim]:
         yield _claim(what, where, holds, text)
         if errors is None:
             return
-        own = errors_of(certifier, _plans(stored, net))
+        own = errors_of(certifier, plans())
         text = f"{float(own[0].max()):.1e} + {float(own[1].max()):.1e} |x| of a logit difference at most"
         yield _claim("error bounds of the graph", where, not _exceeds(own, errors), text)
     except LipconvertError as error:
@@ -217,77 +231,89 @@ def _origin(entry: StageEntry) -> tuple[int, int]:
     return (entry.origin[0], entry.origin[1]) if entry.image else (0, 0)
 
 
-def _graph(stored: Stored, net: Network, path: Path, seed: int | None) -> Iterator[Claim]:
-    """onnxruntime against torch."""
-    if path.suffix != GRAPH:
-        return
-    where = str(path)
-    try:
-        onnx.checker.check_model(where, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        yield _claim("the graph is well-formed", where, False, str(error))
-        return
-    yield _claim("the graph is well-formed", where, True, "onnx.checker, with shape inference")
-    assert stored.graph is not None
-    what = "onnxruntime computes what torch does"
-    written = _written(stored, net, where)
-    yield written
-    if not written.passed:  # it might compute anything, for ever
-        yield _claim(what, where, False, "not tried, as it is another graph")
-        return
-    try:
-        session = session_of(path)
-    except REFUSED as error:
-        yield _claim(what, where, False, f"onnxruntime does not load it: {error}")
-        return
-    yield from _agreement(session, net, secrets.randbits(32) if seed is None else seed, what, where)
+def _written(
+    stored: Stored, graph: Graph, net: Network, plans: Plans, where: str
+) -> tuple[Claim, onnx.ModelProto | None]:
+    """The graph against the one that is written for these weights here, part by part, and that one where they are the same.
 
-
-def _written(stored: Stored, net: Network, where: str) -> Claim:
-    """The graph against the one that is written for these weights here, node by node."""
-    graph, manifest = stored.graph, stored.manifest
-    assert graph is not None
-    what = "the graph is what lipconvert writes for these weights"
-    outputs = [value.name for value in graph.graph.output][1:]
+    Byte by byte, and without parsing what is not: the comparison takes as long as reading, whatever functions call.
+    """
+    manifest, what = stored.manifest, "the graph is what lipconvert writes for these weights"
     try:
-        plans = _plans(stored, net)
-        inline = bool(plans) and not graph.functions
-        own = checkpoint.graph_of(net, plans, checkpoint.embedded(stored.tensors), outputs, manifest, inline)
+        inline = bool(plans()) and "functions" not in graph.parts
+        # Where the numbers are is no part of a graph: those of both are the tensors that were read.
+        places = dict.fromkeys(stored.tensors, (0, 0))
+        tensors = checkpoint.external(stored.tensors, "tensors", places)
+        own = checkpoint.graph_of(net, plans(), tensors, graph.outputs[1:], manifest, inline)
+        expected = Graph.of(own.SerializeToString(deterministic=True))
     except (LipconvertError, ValueError, KeyError, IndexError) as error:
-        return _claim(what, where, False, f"none can be written: {error}")
-    parts = {
-        "inputs": (graph.graph.input, own.graph.input),
-        "outputs": (graph.graph.output, own.graph.output),
-        "nodes": (graph.graph.node, own.graph.node),
-        "functions": (graph.functions, own.functions),
-        "operator sets": (graph.opset_import, own.opset_import),
-        "versions": ([graph.ir_version], [own.ir_version]),
-        "sparse initialisers": (graph.graph.sparse_initializer, []),
-        "initialisers": ([t.name for t in graph.graph.initializer], [t.name for t in own.graph.initializer]),
-    }
-    other = [name for name, (given, expected) in parts.items() if list(given) != list(expected)]
-    nodes = len(graph.graph.node) + sum(len(function.node) for function in graph.functions)
-    if not other:
-        count = len(graph.functions)
-        return _claim(what, where, True, f"{nodes} nodes, {count} function{'' if count == 1 else 's'}")
+        return _claim(what, where, False, f"none can be written: {error}"), None
+    expected.parts["metadata_props"].append(DIGEST.encode())
+    parts = sorted(graph.parts.keys() | expected.parts.keys())
+    if not (other := [part for part in parts if graph.parts.get(part) != expected.parts.get(part)]):
+        functions = len(own.functions)
+        nodes = len(own.graph.node) + sum(len(function.node) for function in own.functions)
+        found = f"{nodes} nodes, {functions} function{'' if functions == 1 else 's'}"
+        return _claim(what, where, True, found), own
     found = f"{', '.join(other)} differ"
-    if manifest.versions != (here := checkpoint.writers()):
-        # another version may write another graph that computes the same: it has to be checked, or written, by that
-        found += (
-            f"; it says that {_words(manifest.versions)} have written it, and here are {_words(here)}: save it again"
-        )
-    return _claim(what, where, False, found)
+    if manifest.versions == (here := checkpoint.writers()):
+        return _claim(what, where, False, found), None
+    # another version may write another graph that computes the same: it has to be checked, or written, by that
+    found += f"; it says that {_words(manifest.versions)} have written it, and here are {_words(here)}: save it again"
+    return _claim(what, where, None, found), None
+
+
+def _runs(own: onnx.ModelProto | None, stored: Stored, net: Network, seed: int, where: str) -> Iterator[Claim]:
+    """onnx's checker, and onnxruntime against torch, on the graph that was compared and the tensors that were read.
+
+    Neither opens a file: what runs is what was hashed, and links, which both refuse as external data, are no matter.
+    """
+    formed, what = "the graph is well-formed", "onnxruntime computes what torch does"
+    if own is None:  # it might compute anything, for ever
+        for claim in (formed, what):
+            yield _claim(claim, where, None, "not tried, as it is another graph")
+        return
+    del own.training_info[:]
+    checked = onnx.ModelProto()
+    checked.CopyFrom(own)
+    # Initialisers as inputs of their dtype and shape: the checker would look for the numbers, and needs none.
+    for tensor in own.graph.initializer:
+        value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        checked.graph.input.append(value)
+    del checked.graph.initializer[:]
+    try:
+        onnx.checker.check_model(checked, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        yield _claim(formed, where, False, str(error))
+        return
+    yield _claim(formed, where, True, "onnx.checker, with shape inference")
+    try:
+        session = session_of(own, stored.tensors)
+    except REFUSED as error:
+        yield _claim(what, where, None, f"onnxruntime does not load it: {error}")
+        return
+    yield from _agreement(session, net, seed, what, where)
 
 
 def _words(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items()) or "no versions"
 
 
-def session_of(path: Path) -> onnxruntime.InferenceSession:
-    """The graph in onnxruntime, on the CPU, quietly."""
+def _read_names(graph: onnx.GraphProto) -> set[str]:
+    """The names of all values that the nodes of a graph read, those in loops too."""
+    names = {name for node in graph.node for name in node.input}
+    return names.union(*(_read_names(a.g) for node in graph.node for a in node.attribute if a.HasField("g")))
+
+
+def session_of(model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> onnxruntime.InferenceSession:
+    """A graph whose initialisers are external in onnxruntime, with tensors in memory, on the CPU, quietly."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    used = _read_names(model.graph)  # onnxruntime takes no tensor that it has left out as nothing reads it
+    names = [initializer.name for initializer in model.graph.initializer if initializer.name in used]
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensors[name].detach().numpy()) for name in names]
+    options.add_external_initializers(names, values)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _agreement(
@@ -302,12 +328,12 @@ def _agreement(
                 try:
                     expected = net(x).numpy()
                 except LipconvertError as error:
-                    yield _claim(what, where, False, f"torch finds no equilibrium (inputs of seed {seed}): {error}")
+                    yield _claim(what, where, None, f"torch finds no equilibrium (inputs of seed {seed}): {error}")
                     return
             try:
                 actual = np.asarray(session.run([LOGITS], {INPUT: x.numpy()})[0])
             except REFUSED as error:
-                yield _claim(what, where, False, f"onnxruntime does not run it: {error}")
+                yield _claim(what, where, None, f"onnxruntime does not run it: {error}")
                 return
             scale = float(np.abs(expected).max()) or 1.0
             difference = (

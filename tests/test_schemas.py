@@ -22,8 +22,8 @@ TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
 KEYWORDS = {
     "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "description", "discriminator",
     "enum", "exclusiveMaximum",
-    "exclusiveMinimum", "items", "maxItems", "maximum", "minItems", "minimum", "oneOf", "pattern", "prefixItems",
-    "properties", "required", "title", "type",
+    "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minimum", "oneOf",
+    "pattern", "prefixItems", "properties", "required", "title", "type",
 }  # fmt: skip
 
 
