@@ -33,9 +33,10 @@ from .dae import DAE
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import KNOWN, PadChannels
 from .lben import LBEN
+from .linear_rows import Reduced, without_linear_rows
 from .network import Network
 from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
-from .rounding import SLACK, gamma, operations
+from .rounding import SLACK, gamma, operations, product
 from .schema import LipschitzReport, Method, PairBound, Search, StageProof
 from .sdp import sdp_gain, sdp_output
 from .spectrum import Grid, hermitian, linear_solve
@@ -74,7 +75,7 @@ class Segment:
     lipschitz: float
     layers: tuple[int, ...]  # states of each layer of a cascade
     first_linear: bool  # whether the first of them is an identity
-    linear: int = 0  # leading rows that are identities, of slope exactly 1, of the input alone
+    linear: Tensor  # (n,), which rows have an identity as activation: the slope 1
 
     @cached_property
     def start(self) -> Tensor:
@@ -87,44 +88,16 @@ class Segment:
         inside = not bool(torch.linalg.cholesky_ex(R)[1].any())
         return Q if inside else self.Lambda / self.lipschitz
 
-    def turned(self, G: Tensor, radius_G: Tensor | None) -> tuple[Enclosure, Tensor]:
-        """(enclosure of x ↦ Gz, start) for the search of a multiplier: linear rows in coordinates where they cost nothing.
+    def reduced(self, G: Tensor, radius_G: Tensor | None) -> tuple[Reduced, Tensor]:
+        """(x ↦ Gz without the linear rows, start): what the best multiplier is searched for.
 
-        Multipliers cover all slopes in [0, 1]; these rows are Ux, in whatever coordinates: here those of P, U = PSV′.
-        There the multipliers 1/s² make their block of R the most that any make it, diagonal or not, (UU′)⁻¹:
-
-            2Q − QUU′Q = (UU′)⁻¹ − (Q − (UU′)⁻¹)UU′(Q − (UU′)⁻¹)
+        As it is where there are none, on a grid, or where they cannot be taken out in float64 (`without_linear_rows`).
         """
-        E, k = replace(self.enclosure, G=G, radius_G=radius_G), self.linear
-        if not k:
-            return E, self.start
-        P, s, _ = torch.linalg.svd(E.U[:k])
-        s = torch.cat([s, s.new_zeros(k - len(s))]).clamp(min=1e-6 * float(s.max()))
-        # P′P = I + F, so P⁻¹ is within ‖F‖/(1 − ‖F‖) of P′
-        defect = (P.mT @ P - torch.eye(k, dtype=P.dtype)).abs() + gamma(k + 2) * (P.mT.abs() @ P.abs())
-        F = float(torch.linalg.matrix_norm(defect)) * SLACK
-
-        def before(M: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-            """P⁻¹ times the linear rows, and radii."""
-            product, spread = _product(P.mT, None, M[:k], radius[:k])
-            columns = torch.linalg.vector_norm(M[:k].abs() + radius[:k], dim=0)
-            spread = spread + F * (1.0 + F) / (1.0 - F) * SLACK * columns
-            return torch.cat([product, M[k:]]), torch.cat([spread, radius[k:]])
-
-        def behind(M: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-            """The linear columns times P, and radii."""
-            product, spread = _product(M[:, :k], radius[:, :k], P, None)
-            return torch.cat([product, M[:, k:]], 1), torch.cat([spread, radius[:, k:]], 1)
-
-        radii = [
-            torch.zeros_like(M) if r is None else r
-            for M, r in ((E.W, E.radius_W), (E.U, E.radius_U), (E.G, E.radius_G))
-        ]
-        W, radius_W = before(*behind(E.W, radii[0]))
-        U, radius_U = before(E.U, radii[1])
-        G, radius_G = behind(E.G, radii[2])
-        enclosure = Enclosure(W, U, G, radius_W=radius_W, radius_U=radius_U, radius_G=radius_G)
-        return enclosure, torch.cat([s.square().reciprocal(), self.start[k:]])
+        E = replace(self.enclosure, G=G, radius_G=radius_G)
+        taken = without_linear_rows(E, self.linear) if bool(self.linear.any()) and not E.grid else None
+        if taken is None:
+            taken = Reduced(E, torch.arange(E.states), 0, torch.zeros(len(G), dtype=torch.float64))
+        return taken, taken.multiplier(self.start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,9 +222,8 @@ class Bounds:
         if isinstance(proof, NotProved):
             raise NoCertificateError(f"stage {stage.name!r}", proof.reason)
         layers, first_linear = tuple(cascade(dae)), starts_linear(dae)
-        return Segment(
-            stage.name, enclosure, proof.Lambda, proof.lipschitz, layers, first_linear, _linear_rows(dae, first_linear)
-        )
+        linear = torch.tensor([a.linear for a, size in dae.sigma for _ in range(size)], dtype=torch.bool)
+        return Segment(stage.name, enclosure, proof.Lambda, proof.lipschitz, layers, first_linear, linear)
 
     def _append(self, segment: Segment, pending: list[tuple[nn.Module, tuple[int, ...], float]]) -> None:
         """Put a stage behind the chain, with the glue between taken into it or counted, and joined where that is possible."""
@@ -361,18 +333,27 @@ class Bounds:
         assert self.functionals is not None
         assert isinstance(segment, Segment)
         rows, radius, pairs = self.functionals
-        E, start = segment.enclosure, segment.start
         squares = self._squares
-        if method != "pairwise" and segment.linear:
-            E, start = segment.turned(rows, radius)
-            assert E.radius_G is not None
+        if method == "pairwise":
+            E, known = segment.enclosure, 0
+            rest = torch.zeros(len(rows), dtype=torch.float64)
+            start = segment.start
+        else:
+            taken, start = segment.reduced(rows, radius)
+            E, known, rest = taken.enclosure, taken.known, taken.rest
             rows, radius = E.G, E.radius_G
-            squares.copy_(
-                torch.minimum(squares, prove_gains(E, start, rows, radius)[0])
-            )  # the best already, if all is linear
+
+        def prove(Q: Tensor, which: Tensor) -> None:
+            """Lower the squares of some pairs to what a multiplier proves."""
+            proved, _ = prove_gains(E, Q, rows[which], None if radius is None else radius[which])
+            proved = torch.where(rest[which] > 0.0, (proved.sqrt() + rest[which]).square() * UP, proved)
+            squares[which] = torch.minimum(squares[which], proved)
+
+        if known:
+            prove(start, torch.arange(len(rows)))  # the best already, if all is linear
         # Where slopes that the multipliers must cover reach the bound, there is nothing to gain: the identity in a residual
         # network, for one.
-        left = (squares > WORTH * least_gains(E, rows)).nonzero().flatten()
+        left = (squares > WORTH * least_gains(E, rows, known)).nonzero().flatten()
         Q = start.expand(len(left), -1)
         if method == "pairwise":
             Q = best_scales(E, segment.Lambda, rows[left]).unsqueeze(-1) * segment.Lambda
@@ -380,16 +361,15 @@ class Bounds:
             Q = torch.stack([sdp_gain(E, row)[0] for row in rows[left]])
         elif len(left):
             seen("the best multiplier of all pairs", 0, len(pairs))
-            common = best_gains(E, start, rows[left].unsqueeze(0), deadline=deadline, last=MIDDLE)
-            squares[left] = torch.minimum(squares[left], prove_gains(E, common[0], rows[left], radius[left])[0])
+            common = best_gains(E, start, rows[left].unsqueeze(0), known=known, deadline=deadline, last=MIDDLE)
+            prove(common[0], left)
             parts = []
             for part in left.split(16):
                 seen("the best multiplier of each pair", len(pairs) - len(left) + 16 * len(parts), len(pairs))
-                parts.append(best_gains(E, common[0], rows[part].unsqueeze(1), deadline=deadline))
+                parts.append(best_gains(E, common[0], rows[part].unsqueeze(1), known=known, deadline=deadline))
             Q = torch.cat(parts)
-        for k, m in enumerate(left.tolist()):
-            proved, _ = prove_gains(E, Q[k], rows[m : m + 1], radius[m : m + 1])
-            squares[m] = torch.minimum(squares[m], proved[0])
+        for k in range(len(left)):
+            prove(Q[k], left[k : k + 1])
         assert self.classes is not None
         constants = torch.zeros(self.classes, self.classes, dtype=torch.float64)
         i, j = torch.tensor(pairs).T
@@ -464,12 +444,6 @@ def metrics(dae: DAE) -> list[Tensor]:
     return [P.to("cpu", torch.float64) for P in found]
 
 
-def _linear_rows(dae: DAE, first_linear: bool) -> int:
-    """Leading rows that are identities and read no states, but for what assembling W rounds, of a dense network."""
-    count = dae.sigma.runs[0][1] if first_linear and not dae.grid else 0
-    return count if count and float(dae.W[:count].abs().amax()) < 1e-6 else 0
-
-
 def output_shape(step: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one output of a step, from that of one input."""
     if isinstance(step, LBEN):
@@ -521,7 +495,7 @@ def _absorbed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Se
     if torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)):
         return segment
     E = segment.enclosure
-    U, spread = _product(E.U, E.radius_U, matrix, radius)
+    U, spread = product(E.U, E.radius_U, matrix, radius)
     enclosure = replace(E, U=U, radius_U=spread)
     Lambda, L = segment.Lambda / constant, segment.lipschitz * constant * UP
     return _checked(replace(segment, enclosure=enclosure, Lambda=Lambda, lipschitz=L))
@@ -530,8 +504,8 @@ def _absorbed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Se
 def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
     """second ∘ M ∘ first as one segment: every row kept, Λ = blkdiag(cL₂Λ₁, Λ₂/(cL₁)), L = cL₁L₂ (FORMULAS L3, L1)."""
     A, B = first.enclosure, second.enclosure
-    UM, spread_UM = _product(B.U, B.radius_U, *M)
-    cross, spread = _product(UM, spread_UM, A.G, A.radius_G)
+    UM, spread_UM = product(B.U, B.radius_U, *M)
+    cross, spread = product(UM, spread_UM, A.G, A.radius_G)
     n, m = A.states, B.states
 
     def stacked(a: Tensor | None, c: Tensor | None, b: Tensor | None) -> Tensor:
@@ -567,19 +541,10 @@ def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant:
     Lambda = torch.cat([L2 * constant * first.Lambda, second.Lambda / (L1 * constant)])
     name = f"{first.name} > {second.name}"
     L, layers = L1 * L2 * constant * UP, first.layers + second.layers
-    return _checked(replace(first, name=name, enclosure=enclosure, Lambda=Lambda, lipschitz=L, layers=layers))
-
-
-def _product(A: Tensor, radius_A: Tensor | None, B: Tensor, radius_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(AB as computed, entrywise radii of it): rounding, and the radii of both."""
-    radius = gamma(A.shape[1] + 2) * (A.abs() @ B.abs())
-    if radius_A is not None:
-        radius = radius + radius_A @ B.abs()
-    if radius_B is not None:
-        radius = radius + A.abs() @ radius_B
-    if radius_A is not None and radius_B is not None:
-        radius = radius + radius_A @ radius_B
-    return A @ B, radius * UP
+    linear = torch.cat([first.linear, second.linear])
+    return _checked(
+        replace(first, name=name, enclosure=enclosure, Lambda=Lambda, lipschitz=L, layers=layers, linear=linear)
+    )
 
 
 def _may_join(first: Segment, second: Segment) -> bool:
@@ -599,10 +564,17 @@ def _checked(segment: Segment) -> Segment:
 
 def _least_constant(segment: Segment, method: Search, deadline: float | None) -> float:
     """The constant of a segment's output as a vector, with the best Λ; never above the one it was proved with."""
-    E, start = segment.turned(segment.enclosure.G, segment.enclosure.radius_G)
-    if segment.lipschitz**2 <= WORTH * least_output(E) ** 2:
+    taken, start = segment.reduced(segment.enclosure.G, segment.enclosure.radius_G)
+    E, rest = taken.enclosure, float(torch.linalg.vector_norm(taken.rest)) * SLACK
+    if segment.lipschitz**2 <= WORTH * least_output(E, taken.known) ** 2:
         return segment.lipschitz
-    Q = sdp_output(E)[0] if method == "sdp" else best_outputs(E, start, deadline=deadline)
+    if method == "sdp":
+        Q = sdp_output(E)[0]
+    else:
+        # from the best multiplier for the sum of all outputs, far fewer steps away than one at the boundary
+        together = (E.G.movedim(-2, 0) if E.grid else E.G).unsqueeze(0)
+        start = best_gains(E, start, together, known=taken.known, deadline=deadline, last=MIDDLE)[0]
+        Q = best_outputs(E, start, known=taken.known, deadline=deadline)
     H, d, _ = E.lmi(Q, None, "U")
     G = E.G / d
     square = float(torch.linalg.eigvalsh(hermitian(G @ linear_solve(H, G.mH))).amax())
@@ -610,8 +582,8 @@ def _least_constant(segment: Segment, method: Search, deadline: float | None) ->
         return segment.lipschitz
     for slack in (1e-9, 1e-7, 1e-5, 1e-3):
         L = square**0.5 * (1.0 + slack)
-        if segment.lipschitz <= L:
+        if segment.lipschitz <= L + rest:
             break
         if prove_lmi(E, Q * L, L):
-            return L
+            return (L + rest) * UP if rest else L
     return segment.lipschitz
