@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import MaxMin, is_activation
-from .compose import MOST_DENSE
+from .activations import MaxMin, activation_of, is_activation
+from .compose import MOST_DENSE, elementwise, max_min
 from .conditions import cascade, starts_linear, strict_weights
 from .dae import DAE
 from .errors import InvalidParameterError, NoCertificateError
@@ -51,7 +51,7 @@ SEARCHES: tuple[Search, ...] = (*METHODS, "sdp")
 MOST_MERGED = 1024
 
 # A multiplier is sought only where it may lower the square of a constant by more than this.
-WORTH = 1.0 + 1e-4
+WORTH = 1.0 + 1e-6
 
 # δ of the strict multiplier that a search starts from: large enough to be far from where R is singular.
 CENTRE = 0.1
@@ -88,8 +88,8 @@ class Segment:
         inside = not bool(torch.linalg.cholesky_ex(R)[1].any())
         return Q if inside else self.Lambda / self.lipschitz
 
-    def reduced(self, G: Tensor, radius_G: Tensor | None) -> tuple[Reduced, Tensor]:
-        """(x ↦ Gz without the linear rows, start): what the best multiplier is searched for.
+    def reduced(self, G: Tensor, radius_G: Tensor | None) -> Reduced:
+        """x ↦ Gz without the linear rows, what the best multiplier is searched for.
 
         As it is where there are none, on a grid, or where they cannot be taken out in float64 (`without_linear_rows`).
         """
@@ -97,7 +97,7 @@ class Segment:
         taken = without_linear_rows(E, self.linear) if bool(self.linear.any()) and not E.grid else None
         if taken is None:
             taken = Reduced(E, torch.arange(E.states), 0, torch.zeros(len(G), dtype=torch.float64))
-        return taken, taken.multiplier(self.start)
+        return taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +147,7 @@ class Bounds:
         self.monotone: list[list[tuple[Tensor, float]]] = []  # of each LBEN: metrics P with their proved μ, 0 without
         self._chain: list[Segment | tuple[str, float]] = []
         self._functionals: tuple[Tensor, Tensor] | None = None
+        self._followed: Segment | None = None  # the last segment with the glue behind it taken in
         self._found: dict[str, LipschitzBound] = {}
         self._read()
 
@@ -190,10 +191,15 @@ class Bounds:
         self.shape = shape
         self.classes = shape[0] if len(shape) == 1 and shape[0] > 1 else None
         self._behind = math.prod([L for _, _, L in pending]) * UP
-        if self.classes and self._chain:
-            last = self._chain[-1]
-            assert isinstance(last, Segment)
-            self._functionals = _matrix(pending, last.enclosure, behind=True)
+        if not self._chain:
+            return
+        last = self._chain[-1]
+        assert isinstance(last, Segment)
+        M = _matrix(pending, last.enclosure, behind=True)
+        if self.classes:
+            self._functionals = M
+        if pending and M is not None and not last.enclosure.grid:
+            self._followed = _followed(last, M, self._behind)
 
     def _prove(self, stage: LBEN) -> Segment:
         dae = stage.running()
@@ -221,12 +227,15 @@ class Bounds:
         )
         if isinstance(proof, NotProved):
             raise NoCertificateError(f"stage {stage.name!r}", proof.reason)
-        layers, first_linear = tuple(cascade(dae)), starts_linear(dae)
-        linear = torch.tensor([a.linear for a, size in dae.sigma for _ in range(size)], dtype=torch.bool)
-        return Segment(stage.name, enclosure, proof.Lambda, proof.lipschitz, layers, first_linear, linear)
+        return _segment(dae, enclosure, proof.Lambda, proof.lipschitz)
 
     def _append(self, segment: Segment, pending: list[tuple[nn.Module, tuple[int, ...], float]]) -> None:
         """Put a stage behind the chain, with the glue between taken into it or counted, and joined where that is possible."""
+        for k, (module, shape, _) in enumerate(pending):
+            if (nonlinear := _nonlinear(module, shape)) and _may_join(nonlinear, segment):
+                self._append(nonlinear, pending[:k])
+                pending = pending[k + 1 :]
+                break
         before = self._chain[-1] if self._chain and isinstance(self._chain[-1], Segment) else None
         if not segment.enclosure.grid:
             M = _matrix(pending, segment.enclosure, behind=False)
@@ -273,13 +282,16 @@ class Bounds:
     def _by(self, method: Search, deadline: float | None, seen: Progress) -> LipschitzBound:
         weaker = [self._found[name] for name in _up_to(method)[:-1]]
         constants: list[tuple[str, float]] = []
+        behind = self._behind
         for k, part in enumerate(self._chain):
             if isinstance(part, Segment) and method in ("tightened", "sdp"):
                 seen(f"the constant of {part.name}", k, len(self._chain))
+                if k == len(self._chain) - 1 and self._followed is not None:
+                    part, behind = self._followed, 1.0
                 constants.append((part.name, _least_constant(part, method, deadline)))
             else:
                 constants.append((part.name, part.lipschitz) if isinstance(part, Segment) else part)
-        lipschitz = math.prod([L for _, L in constants]) * self._behind * UP
+        lipschitz = math.prod([L for _, L in constants]) * behind * UP
         lipschitz = min([lipschitz, *(other.lipschitz for other in weaker)])
         pairs = None
         if self.classes is not None:
@@ -339,8 +351,8 @@ class Bounds:
             rest = torch.zeros(len(rows), dtype=torch.float64)
             start = segment.start
         else:
-            taken, start = segment.reduced(rows, radius)
-            E, known, rest = taken.enclosure, taken.known, taken.rest
+            taken = segment.reduced(rows, radius)
+            E, known, rest, start = taken.enclosure, taken.known, taken.rest, taken.multiplier(segment.start)
             rows, radius = E.G, E.radius_G
 
         def prove(Q: Tensor, which: Tensor) -> None:
@@ -349,8 +361,8 @@ class Bounds:
             proved = torch.where(rest[which] > 0.0, (proved.sqrt() + rest[which]).square() * UP, proved)
             squares[which] = torch.minimum(squares[which], proved)
 
-        if known:
-            prove(start, torch.arange(len(rows)))  # the best already, if all is linear
+        if method != "pairwise":  # Λ proves more where linear rows are none of its
+            prove(taken.multiplier(segment.Lambda / segment.lipschitz), torch.arange(len(rows)))
         # Where slopes that the multipliers must cover reach the bound, there is nothing to gain: the identity in a residual
         # network, for one.
         left = (squares > WORTH * least_gains(E, rows, known)).nonzero().flatten()
@@ -429,6 +441,11 @@ def _state(net: Network) -> dict[str, Any]:
     return {**tensors, "glue_lipschitz": net.glue_lipschitz, "modules": repr(net)}
 
 
+def _segment(dae: DAE, enclosure: Enclosure, Lambda: Tensor, lipschitz: float) -> Segment:
+    linear = torch.tensor([a.linear for a, size in dae.sigma for _ in range(size)], dtype=torch.bool)
+    return Segment(dae.name, enclosure, Lambda, lipschitz, tuple(cascade(dae)), starts_linear(dae), linear)
+
+
 def metrics(dae: DAE) -> list[Tensor]:
     """Diagonal metrics P (n,) in which I − W may be strongly monotone.
 
@@ -486,6 +503,20 @@ def _matrix(
     return M, radius
 
 
+def _nonlinear(module: nn.Module, shape: tuple[int, ...]) -> Segment | None:
+    """An activation or MaxMin of vectors that is glue, as the equilibrium network that it also is; None for other glue."""
+    if len(shape) != 1:
+        return None
+    if type(module) is MaxMin:
+        dae = max_min(*shape, name=repr(module))
+    elif is_activation(module):
+        dae = elementwise(activation_of(module), *shape, name=repr(module))
+    else:
+        return None
+    proof = prove_constant(dae)
+    return _segment(dae, Enclosure.of(dae), proof.Lambda, proof.lipschitz) if isinstance(proof, Proof) else None
+
+
 def _absorbed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
     """A dense stage with affine glue in front taken into it: U ← UM; it keeps (10) with L·‖M‖ and Λ/‖M‖.
 
@@ -499,6 +530,16 @@ def _absorbed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Se
     enclosure = replace(E, U=U, radius_U=spread)
     Lambda, L = segment.Lambda / constant, segment.lipschitz * constant * UP
     return _checked(replace(segment, enclosure=enclosure, Lambda=Lambda, lipschitz=L))
+
+
+def _followed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
+    """A dense segment with affine glue behind taken into it: G ← MG; it keeps (10) with L·‖M‖ and Λ·‖M‖ (FORMULAS L1, L2)."""
+    E = segment.enclosure
+    G, radius_G = product(*M, E.G, E.radius_G)
+    enclosure = replace(E, G=G, radius_G=radius_G)
+    return replace(
+        segment, enclosure=enclosure, Lambda=segment.Lambda * constant, lipschitz=segment.lipschitz * constant * UP
+    )
 
 
 def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
@@ -564,26 +605,34 @@ def _checked(segment: Segment) -> Segment:
 
 def _least_constant(segment: Segment, method: Search, deadline: float | None) -> float:
     """The constant of a segment's output as a vector, with the best Λ; never above the one it was proved with."""
-    taken, start = segment.reduced(segment.enclosure.G, segment.enclosure.radius_G)
-    E, rest = taken.enclosure, float(torch.linalg.vector_norm(taken.rest)) * SLACK
-    if segment.lipschitz**2 <= WORTH * least_output(E, taken.known) ** 2:
-        return segment.lipschitz
+    taken = segment.reduced(segment.enclosure.G, segment.enclosure.radius_G)
+    E, known = taken.enclosure, taken.known
+    least = _proved_output(taken, taken.multiplier(segment.Lambda / segment.lipschitz), segment.lipschitz)
+    if least**2 <= WORTH * least_output(E, known) ** 2:
+        return least
     if method == "sdp":
         Q = sdp_output(E)[0]
     else:
-        # from the best multiplier for the sum of all outputs, far fewer steps away than one at the boundary
+        # from the best multiplier for the sum of all outputs: far fewer steps away than one at the boundary
         together = (E.G.movedim(-2, 0) if E.grid else E.G).unsqueeze(0)
-        start = best_gains(E, start, together, known=taken.known, deadline=deadline, last=MIDDLE)[0]
-        Q = best_outputs(E, start, known=taken.known, deadline=deadline)
+        start = taken.multiplier(segment.start)
+        start = best_gains(E, start, together, known=known, deadline=deadline, last=MIDDLE)[0]
+        Q = best_outputs(E, start, known=known, deadline=deadline)
+    return _proved_output(taken, Q, least)
+
+
+def _proved_output(taken: Reduced, Q: Tensor, least: float) -> float:
+    """The constant of an output as a vector that a multiplier proves, where it is below ``least``; else ``least``."""
+    E, rest = taken.enclosure, float(torch.linalg.vector_norm(taken.rest)) * SLACK
     H, d, _ = E.lmi(Q, None, "U")
     G = E.G / d
     square = float(torch.linalg.eigvalsh(hermitian(G @ linear_solve(H, G.mH))).amax())
     if not square > 0.0:
-        return segment.lipschitz
+        return least
     for slack in (1e-9, 1e-7, 1e-5, 1e-3):
         L = square**0.5 * (1.0 + slack)
-        if segment.lipschitz <= L + rest:
+        if least <= L + rest:
             break
         if prove_lmi(E, Q * L, L):
             return (L + rest) * UP if rest else L
-    return segment.lipschitz
+    return least

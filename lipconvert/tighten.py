@@ -10,7 +10,7 @@ inequality. For all outputs at once it is λ_max(GR⁻¹G′). Both are solved b
 
     t ρ − log det R(Q),     t s − log det R(Q) − log det(sI − GR⁻¹G′),
 
-self-concordant functions, so a dozen steps from any strictly feasible Q are enough, and every iterate is a valid
+self-concordant functions, so two dozen steps from any strictly feasible Q are enough, and every iterate is a valid
 multiplier. Networks on a grid have one R for each frequency and one Q for all of them. Nothing here is proved: the
 multipliers are handed to `lipconvert.proofs`, which does not care where they come from.
 """
@@ -27,8 +27,8 @@ from torch import Tensor
 from .proofs import Enclosure
 from .spectrum import hermitian, linear_solve
 
-# How far along the central path, t = factor·n/ρ from 1: at the end ρ is within a factor 1 + 1/LAST of its minimum.
-# What is only a start for others need not go so far.
+# How far along the central path, t = factor·n/ρ from 1: at the end ρ is within a factor 1 + 1/LAST of its minimum, its root
+# within 1 + 1/(2 LAST). What is only a start for others need not go so far.
 MIDDLE, LAST, GROWTH = 100.0, 1e6, 10.0
 STEPS = 100  # Newton steps, at most
 # Newton decrement below which t grows. Next to a singular R it is 1 however far the centre is, so it must be well below that.
@@ -45,8 +45,8 @@ class _Problem:
     """W (F, n, n), K = UU′ (F, n, n), and how often each frequency counts, (F,), ``pixels`` times
     its weight in a sum over pixels; F = 1 for a dense network.
 
-    ``held`` (n,): rows whose multipliers are not searched for: the first ``known`` have theirs, ``idle`` ones read neither states
-    nor inputs, and theirs only gain by growing, without end.
+    ``held`` (n,): rows whose multipliers are not searched for: the first ``known`` have theirs; ``idle`` ones read neither
+    states nor inputs, and theirs only gain by growing, without end.
     """
 
     W: Tensor
@@ -134,9 +134,7 @@ def best_gains(
     return Q
 
 
-def best_outputs(
-    enclosure: Enclosure, start: Tensor, *, known: int = 0, deadline: float | None = None
-) -> Tensor:
+def best_outputs(enclosure: Enclosure, start: Tensor, *, known: int = 0, deadline: float | None = None) -> Tensor:
     """A multiplier Q (n,) that (nearly) minimises λ_max(GR(Q)⁻¹G′) over all frequencies; `best_gains`' twin for vectors."""
     problem = _Problem.of(enclosure, known)
     g = (enclosure.G if enclosure.grid else enclosure.G.unsqueeze(0)).mH.unsqueeze(0)
@@ -173,9 +171,9 @@ def best_scales(enclosure: Enclosure, Lambda: Tensor, rows: Tensor) -> Tensor:
 def least_gains(enclosure: Enclosure, rows: Tensor, known: int = 0) -> Tensor:
     """What no multiplier can go below, (m,): g′R⁻¹g ≥ ‖g′(I − DW)⁻¹DU‖² for every diagonal 0 ≤ D ≤ I.
 
-    Condition (10) covers all slopes in [0, 1], so in particular constant ones; tried are D = I, D = I on the rows that read the
-    input and 0 elsewhere, and D = I on the first ``known`` rows, which are linear: the identity inside a residual network. An
-    estimate in float64, to know when to stop.
+    Condition (10) covers all slopes in [0, 1], so in particular constant ones; tried are D = I, D = I on the rows that read
+    the input and 0 elsewhere, and D = I on the first ``known`` rows alone, which are linear: the identity inside a residual
+    network. An estimate in float64, to know when to stop.
     """
     weights = _Problem.of(enclosure).weights
     least = torch.zeros(len(rows), dtype=torch.float64)
@@ -269,7 +267,7 @@ def _largest(point: _Point) -> Tensor:
 def _step(
     problem: _Problem, point: _Point, g: Tensor, t: Tensor, end: Tensor, outputs: bool
 ) -> tuple[_Point, Tensor, Tensor]:
-    """One damped step for every problem of the batch: the new point, the t it is for, and the Newton decrement before it (P,).
+    """One damped step for every problem of the batch: the new point, the t it is for, and Newton's decrement before it (P,).
 
     Newton's where a point is not centred at its t. Where it is, t grows to t⁺, and the step also goes along the central path:
     the path is smooth in 1/t down to 0, dQ/d(1/t) = t²H⁻¹∇ρ, which for t⁺ is −(1 − t/t⁺) H⁻¹ t∇ρ.
@@ -365,9 +363,12 @@ def _derivatives(problem: _Problem, point: _Point, t: Tensor, outputs: bool) -> 
 def _curvature(
     problem: _Problem, Z: Tensor, ZV: Tensor, V: Tensor, S: Tensor, h: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of Σ_F weight tr(g′R⁻¹g), Hessian of ``share`` (P,) times it − log det R), h = R⁻¹g (P, F, n, k), S = V′ZV + K.
+    """(gradient of Σ_F weight tr(g′R⁻¹g), Hessian of ``share`` (P,) times it − log det R).
 
-    Re Σ_F 2 weight (pixels (ZV∘(ZV)ᵀ + Z∘S̄) + share (Z∘PP + S∘HH + ZV∘PH + (ZV∘PH)ᵀ)), ∘ entry by entry, in few passes.
+    With h = R⁻¹g (P, F, n, k), p = V′h, S = V′ZV + K, PP = p̄pᵀ, PH = p̄hᵀ, HH = h̄hᵀ, the Hessian is
+    Re Σ_F 2 weight (pixels (ZV∘(ZV)ᵀ + Z∘S̄) + share (Z∘PP + S∘HH + ZV∘PH + (ZV∘PH)ᵀ)),
+
+    ∘ entry by entry. Passes over memory are what it costs, so terms are gathered in place.
     """
     p = V.mH @ h
     gradient = -2.0 * torch.einsum("f,pfn->pn", problem.weights, (h.conj() * p).real.sum(-1))
