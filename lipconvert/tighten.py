@@ -35,7 +35,7 @@ STEPS = 100  # Newton steps, at most
 CENTRED = 0.5
 ENDED = 0.9  # share of its last value from which t is left as it is: that value moves with the best ρ
 # Multipliers of rows that read nothing, over the largest of the others: what is left is lost as 1/HELD.
-HELD = 1e6
+HELD = 1e10
 # Bytes of R in one batch of problems: what stays in the cache is four times faster than all at once.
 BATCH = 2**20
 

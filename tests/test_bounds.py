@@ -88,7 +88,7 @@ def test_merging_does_not_make_constants_worse(name, k):
     for one, other in zip(apart, merged, strict=True):
         assert other.lipschitz <= one.lipschitz * (1.0 + 1e-4)
         if one.method == "tightened":
-            assert bool((other.pairs <= one.pairs * (1.0 + 1e-2)).all())
+            assert bool((other.pairs <= one.pairs * (1.0 + 1e-5)).all())
 
 
 def test_a_linear_network_has_the_distances_of_its_rows():
@@ -198,7 +198,7 @@ def test_a_linear_layer_in_front_of_a_residual_network_counts_as_what_it_is(merg
         assert part.linear.tolist() == [True] * 6 + [False] * (len(part.linear) - 6)
         free._chain[k] = replace(part, linear=torch.zeros_like(part.linear))
     weaker = free.bound()
-    assert bool((found.pairs <= weaker.pairs * (1.0 + 1e-3)).all())
+    assert bool((found.pairs <= weaker.pairs * (1.0 + 1e-6)).all())
     assert float(found.pairs.sum()) < 0.999 * float(weaker.pairs.sum())
     J = jacobians(model, 3.0 * torch.randn(200, 9))
     assert bool((found.pairs >= pair_distances(J).amax(0)).all())
@@ -304,8 +304,8 @@ def test_two_dense_stages_have_the_constant_of_their_product():
         whole = torch.diag(first * second / stds)
         assert prescribed.lipschitz == pytest.approx(1.0 / float(stds.min()), rel=1e-5)
         assert tightened.segments == (("M0 > M1", tightened.segments[0][1]),)
-        assert tightened.lipschitz == pytest.approx(float(whole.max()), rel=3e-3)
-        np.testing.assert_allclose(tightened.pairs.numpy(), pair_distances(whole).numpy(), rtol=3e-3)
+        assert tightened.lipschitz == pytest.approx(float(whole.max()), rel=1e-5)
+        np.testing.assert_allclose(tightened.pairs.numpy(), pair_distances(whole).numpy(), rtol=1e-5)
         assert bool((tightened.pairs >= pair_distances(whole)).all())
 
 
@@ -330,7 +330,8 @@ def test_activations_between_stages_count_as_rows():
     assert len(whole.segments) == len(apart.segments) == 1
     np.testing.assert_allclose(apart.pairs.numpy(), whole.pairs.numpy(), rtol=1e-6, atol=1e-12)
     assert apart.lipschitz == pytest.approx(whole.lipschitz, rel=1e-6)
-    assert apart.lipschitz < 0.999 * math.prod(float(torch.linalg.matrix_norm(model[k].weight, 2)) for k in (0, 2))
+    norms = [float(torch.linalg.matrix_norm(model[k].weight.detach(), 2)) for k in (0, 2)]
+    assert apart.lipschitz < 0.999 * math.prod(norms)
 
 
 class Foreign(nn.Module):
@@ -351,7 +352,7 @@ def test_channels_padded_before_a_stage_on_images(dtype):
     prescribed, _, tightened = by_method(net)
     assert prescribed.lipschitz == pytest.approx(10.0, rel=1e-4)
     assert prescribed.pairs is None
-    assert tightened.lipschitz == pytest.approx(1.0, rel=3e-3)
+    assert tightened.lipschitz == pytest.approx(1.0, rel=1e-5)
     assert tightened.lipschitz >= 1.0
 
 
