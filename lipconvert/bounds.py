@@ -1,14 +1,24 @@
 """The least Lipschitz constants that can be proved for a converted network, of the logits and of each of their differences.
 
 A network is read as a chain of *segments*: LBEN stages, each with the affine glue around it taken into its U and G
-where it is small enough to be a matrix, and glue that is left, with its constant. Dense stages with nothing but
-affine glue between them make one segment: together they have a better constant than the product of theirs (FORMULAS L3).
+where it is small enough to be a matrix, and glue that is left, with its constant. Dense stages with nothing but affine glue
+and activations between them make one segment: together they have a better constant than the product of theirs (FORMULAS L3).
 
 Three methods, each at least as strong as the one before for every pair of classes:
 
     prescribed   √2·L, L the product of the constants the stages were built with
     pairwise     the constant of y_i − y_j for the Λ at hand: G replaced by G_i − G_j
     tightened    the same with the best Λ for each pair (`lipconvert.tighten`)
+
+Where the whole network is one dense segment, tightened constants are the optimum of LipSDP with one multiplier for each
+neuron (Fazlyab et al. 2019, arXiv:1906.04893), of slopes in [0, 1], to a relative 1e-6: of every pair, and of the logits as a
+vector. Linear rows are none of its neurons, wherever they are (`lipconvert.linear_rows`). It is more than that optimum
+
+- where there are several segments: stages on images and what follows them, more than `MOST_MERGED` states together, glue of
+  plugins, or an activation that is glue behind the last stage. Constants of segments multiply;
+- on images, where Λ is the same in all pixels of a channel, and linear rows are covered as neurons are;
+- where the linear rows read each other in a cycle that is singular to float64, which are then covered as neurons are, too;
+- where ``seconds`` end the search.
 
 Everything is proved for the floats in use (`lipconvert.proofs`).
 """
