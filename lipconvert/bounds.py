@@ -98,16 +98,20 @@ class Segment:
         inside = not bool(torch.linalg.cholesky_ex(R)[1].any())
         return Q if inside else self.Lambda / self.lipschitz
 
+    def whole(self, G: Tensor, radius_G: Tensor | None) -> Reduced:
+        """x ↦ Gz with all rows."""
+        E = replace(self.enclosure, G=G, radius_G=radius_G)
+        return Reduced(E, torch.arange(E.states), 0, torch.zeros(len(G), dtype=torch.float64))
+
     def reduced(self, G: Tensor, radius_G: Tensor | None) -> Reduced:
         """x ↦ Gz without the linear rows, what the best multiplier is searched for.
 
-        As it is where there are none, on a grid, or where they cannot be taken out in float64 (`without_linear_rows`).
+        With all where there are none, on a grid, or where they cannot be taken out in float64 (`without_linear_rows`).
         """
-        E = replace(self.enclosure, G=G, radius_G=radius_G)
-        taken = without_linear_rows(E, self.linear) if bool(self.linear.any()) and not E.grid else None
-        if taken is None:
-            taken = Reduced(E, torch.arange(E.states), 0, torch.zeros(len(G), dtype=torch.float64))
-        return taken
+        whole = self.whole(G, radius_G)
+        if whole.enclosure.grid or not bool(self.linear.any()):
+            return whole
+        return without_linear_rows(whole.enclosure, self.linear) or whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,14 +360,9 @@ class Bounds:
         assert isinstance(segment, Segment)
         rows, radius, pairs = self.functionals
         squares = self._squares
-        if method == "pairwise":
-            E, known = segment.enclosure, 0
-            rest = torch.zeros(len(rows), dtype=torch.float64)
-            start = segment.start
-        else:
-            taken = segment.reduced(rows, radius)
-            E, known, rest, start = taken.enclosure, taken.known, taken.rest, taken.multiplier(segment.start)
-            rows, radius = E.G, E.radius_G
+        taken = (segment.whole if method == "pairwise" else segment.reduced)(rows, radius)
+        E, known, rest, start = taken.enclosure, taken.known, taken.rest, taken.multiplier(segment.start)
+        rows, radius = E.G, E.radius_G
 
         def prove(Q: Tensor, which: Tensor) -> None:
             """Lower the squares of some pairs to what a multiplier proves."""

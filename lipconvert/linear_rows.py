@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .proofs import Enclosure, in_range
 from .rounding import SLACK, gamma, product
+from .spectrum import DENSE
 
 # Singular values of D below this share of |G_e||F| are rounding: what they contribute is bounded, and gets no row.
 NOISE = 1e-13
@@ -85,8 +86,8 @@ def without_linear_rows(enclosure: Enclosure, linear: Tensor) -> Reduced | None:
     W = A.beside(BT).below(_exact(zeros(known, known + len(s))))
     U, G = B.below(T), C.beside(DT)
     rest = torch.linalg.vector_norm(D.size, dim=-1) * SLACK
-    radii = {"radius_W": W.radius, "radius_U": U.radius, "radius_G": G.radius}
-    return Reduced(Enclosure(W.centre, U.centre, G.centre, **radii), s, known, rest)
+    reduced = Enclosure(W.centre, U.centre, G.centre, DENSE, W.radius, U.radius, G.radius)
+    return Reduced(reduced, s, known, rest)
 
 
 @dataclass(frozen=True, eq=False)

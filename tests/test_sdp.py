@@ -302,7 +302,7 @@ def lipsdp(A: np.ndarray, B: np.ndarray, C: np.ndarray, D: np.ndarray) -> float:
             warnings.simplefilter("ignore")  # what it would warn of is in the status
             problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance)
         if problem.status == cvxpy.OPTIMAL:
-            return float(rho.value) ** 0.5
+            return float(problem.value) ** 0.5
     return float("nan")
 
 
