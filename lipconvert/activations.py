@@ -77,6 +77,11 @@ class Activation:
         return closed(v, self.parameter, alpha) if closed is not None else self._prox_newton(v, alpha)
 
     @property
+    def linear(self) -> bool:
+        """σ(v) = v: the identity, and LeakyReLU of slope 1."""
+        return self.name == "identity" or (self.name == "leaky_relu" and self.parameter == 1.0)
+
+    @property
     def homogeneous(self) -> bool:
         """σ(c v) = c σ(v) for all c > 0: what the diagonal gauge (FORMULAS L4) needs."""
         return self.name in ("identity", "relu", "leaky_relu")

@@ -1,14 +1,24 @@
 """The least Lipschitz constants that can be proved for a converted network, of the logits and of each of their differences.
 
 A network is read as a chain of *segments*: LBEN stages, each with the affine glue around it taken into its U and G
-where it is small enough to be a matrix, and glue that is left, with its constant. Dense stages with nothing but
-affine glue between them make one segment: together they have a better constant than the product of theirs (FORMULAS L3).
+where it is small enough to be a matrix, and glue that is left, with its constant. Dense stages with nothing but affine glue
+and activations between them make one segment: together they have a better constant than the product of theirs (FORMULAS L3).
 
 Three methods, each at least as strong as the one before for every pair of classes:
 
     prescribed   √2·L, L the product of the constants the stages were built with
     pairwise     the constant of y_i − y_j for the Λ at hand: G replaced by G_i − G_j
     tightened    the same with the best Λ for each pair (`lipconvert.tighten`)
+
+Where the whole network is one dense segment, tightened constants are the optimum of LipSDP with one multiplier for each
+neuron (Fazlyab et al. 2019, arXiv:1906.04893), of slopes in [0, 1], to a relative 1e-6: of every pair, and of the logits as a
+vector. Linear rows are none of its neurons, wherever they are (`lipconvert.linear_rows`). It is more than that optimum
+
+- where there are several segments: stages on images and what follows them, more than `MOST_MERGED` states together, glue of
+  plugins, or an activation that is glue behind the last stage. Constants of segments multiply;
+- on images, where Λ is the same in all pixels of a channel, and linear rows are covered as neurons are;
+- where the linear rows read each other in a cycle that is singular to float64, which are then covered as neurons are, too;
+- where ``seconds`` end the search.
 
 Everything is proved for the floats in use (`lipconvert.proofs`).
 """
@@ -25,18 +35,19 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .activations import MaxMin, is_activation
+from .activations import MaxMin, activation_of, is_activation
 from .arguments import isolated, number
-from .compose import MOST_DENSE
+from .compose import MOST_DENSE, elementwise, max_min
 from .conditions import cascade, starts_linear, strict_weights
 from .dae import DAE
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import KNOWN, PadChannels
 from .integrity import frozen, require_own, same, settings
 from .lben import LBEN
+from .linear_rows import Reduced, without_linear_rows
 from .network import Network
 from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
-from .rounding import SLACK, gamma, operations
+from .rounding import SLACK, gamma, operations, product
 from .schema import LipschitzReport, Method, PairBound, Search, StageProof
 from .sdp import sdp_gain, sdp_output
 from .spectrum import Grid, hermitian, linear_solve
@@ -51,7 +62,7 @@ SEARCHES: tuple[Search, ...] = (*METHODS, "sdp")
 MOST_MERGED = 1024
 
 # A multiplier is sought only where it may lower the square of a constant by more than this.
-WORTH = 1.0 + 1e-4
+WORTH = 1.0 + 1e-6
 
 # δ of the strict multiplier that a search starts from: large enough to be far from where R is singular.
 CENTRE = 0.1
@@ -75,7 +86,7 @@ class Segment:
     lipschitz: float
     layers: tuple[int, ...]  # states of each layer of a cascade
     first_linear: bool  # whether the first of them is an identity
-    linear: int = 0  # leading rows that are identities, of slope exactly 1, of the input alone
+    linear: Tensor  # (n,), which rows have an identity as activation: the slope 1
 
     @cached_property
     def start(self) -> Tensor:
@@ -88,44 +99,20 @@ class Segment:
         inside = not bool(torch.linalg.cholesky_ex(R)[1].any())
         return Q if inside else self.Lambda / self.lipschitz
 
-    def turned(self, G: Tensor, radius_G: Tensor | None) -> tuple[Enclosure, Tensor]:
-        """(enclosure of x ↦ Gz, start) for the search of a multiplier: linear rows in coordinates where they cost nothing.
+    def whole(self, G: Tensor, radius_G: Tensor | None) -> Reduced:
+        """x ↦ Gz with all rows."""
+        E = replace(self.enclosure, G=G, radius_G=radius_G)
+        return Reduced(E, torch.arange(E.states), 0, torch.zeros(len(G), dtype=torch.float64))
 
-        Multipliers cover all slopes in [0, 1]; these rows are Ux, in whatever coordinates: here those of P, U = PSV′.
-        There the multipliers 1/s² make their block of R the most that any make it, diagonal or not, (UU′)⁻¹:
+    def reduced(self, G: Tensor, radius_G: Tensor | None) -> Reduced:
+        """x ↦ Gz without the linear rows, what the best multiplier is searched for.
 
-            2Q − QUU′Q = (UU′)⁻¹ − (Q − (UU′)⁻¹)UU′(Q − (UU′)⁻¹)
+        With all where there are none, on a grid, or where they cannot be taken out in float64 (`without_linear_rows`).
         """
-        E, k = replace(self.enclosure, G=G, radius_G=radius_G), self.linear
-        if not k:
-            return E, self.start
-        P, s, _ = torch.linalg.svd(E.U[:k])
-        s = torch.cat([s, s.new_zeros(k - len(s))]).clamp(min=1e-6 * float(s.max()))
-        # P′P = I + F, so P⁻¹ is within ‖F‖/(1 − ‖F‖) of P′
-        defect = (P.mT @ P - torch.eye(k, dtype=P.dtype)).abs() + gamma(k + 2) * (P.mT.abs() @ P.abs())
-        F = float(torch.linalg.matrix_norm(defect)) * SLACK
-
-        def before(M: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-            """P⁻¹ times the linear rows, and radii."""
-            product, spread = _product(P.mT, None, M[:k], radius[:k])
-            columns = torch.linalg.vector_norm(M[:k].abs() + radius[:k], dim=0)
-            spread = spread + F * (1.0 + F) / (1.0 - F) * SLACK * columns
-            return torch.cat([product, M[k:]]), torch.cat([spread, radius[k:]])
-
-        def behind(M: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-            """The linear columns times P, and radii."""
-            product, spread = _product(M[:, :k], radius[:, :k], P, None)
-            return torch.cat([product, M[:, k:]], 1), torch.cat([spread, radius[:, k:]], 1)
-
-        radii = [
-            torch.zeros_like(M) if r is None else r
-            for M, r in ((E.W, E.radius_W), (E.U, E.radius_U), (E.G, E.radius_G))
-        ]
-        W, radius_W = before(*behind(E.W, radii[0]))
-        U, radius_U = before(E.U, radii[1])
-        G, radius_G = behind(E.G, radii[2])
-        enclosure = Enclosure(W, U, G, radius_W=radius_W, radius_U=radius_U, radius_G=radius_G)
-        return enclosure, torch.cat([s.square().reciprocal(), self.start[k:]])
+        whole = self.whole(G, radius_G)
+        if whole.enclosure.grid or not bool(self.linear.any()):
+            return whole
+        return without_linear_rows(whole.enclosure, self.linear) or whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +163,7 @@ class Bounds:
         self.monotone: list[list[tuple[Tensor, float]]] = []  # of each LBEN: metrics P with their proved μ, 0 without
         self._chain: list[Segment | tuple[str, float]] = []
         self._functionals: tuple[Tensor, Tensor] | None = None
+        self._followed: Segment | None = None  # the last segment with the glue behind it taken in
         self._found: dict[str, LipschitzBound] = {}
         self._read()
 
@@ -215,10 +203,15 @@ class Bounds:
         self.shape = shape
         self.classes = shape[0] if len(shape) == 1 and shape[0] > 1 else None
         self._behind = math.prod([L for _, _, L in pending]) * UP
-        if self.classes and self._chain:
-            last = self._chain[-1]
-            assert isinstance(last, Segment)
-            self._functionals = _matrix(pending, last.enclosure, behind=True)
+        if not self._chain:
+            return
+        last = self._chain[-1]
+        assert isinstance(last, Segment)
+        M = _matrix(pending, last.enclosure, behind=True)
+        if self.classes:
+            self._functionals = M
+        if pending and M is not None and not last.enclosure.grid:
+            self._followed = _followed(last, M, self._behind)
 
     def _prove(self, stage: LBEN) -> Segment:
         dae = stage.running()
@@ -241,13 +234,15 @@ class Bounds:
         )
         if isinstance(proof, NotProved):
             raise NoCertificateError(f"stage {stage.name!r}", proof.reason)
-        layers, first_linear = tuple(cascade(dae)), starts_linear(dae)
-        return Segment(
-            stage.name, enclosure, proof.Lambda, proof.lipschitz, layers, first_linear, _linear_rows(dae, first_linear)
-        )
+        return _segment(dae, enclosure, proof.Lambda, proof.lipschitz)
 
     def _append(self, segment: Segment, pending: list[tuple[nn.Module, tuple[int, ...], float]]) -> None:
         """Put a stage behind the chain, with the glue between taken into it or counted, and joined where that is possible."""
+        for k, (module, shape, _) in enumerate(pending):
+            if (nonlinear := _nonlinear(module, shape)) and _may_join(nonlinear, segment):
+                self._append(nonlinear, pending[:k])
+                pending = pending[k + 1 :]
+                break
         before = self._chain[-1] if self._chain and isinstance(self._chain[-1], Segment) else None
         if not segment.enclosure.grid:
             M = _matrix(pending, segment.enclosure, behind=False)
@@ -295,13 +290,16 @@ class Bounds:
     def _by(self, method: Search, deadline: float | None, seen: Progress) -> LipschitzBound:
         weaker = [self._found[name] for name in _up_to(method)[:-1]]
         constants: list[tuple[str, float]] = []
+        behind = self._behind
         for k, part in enumerate(self._chain):
             if isinstance(part, Segment) and method in ("tightened", "sdp"):
                 seen(f"the constant of {part.name}", k, len(self._chain))
+                if k == len(self._chain) - 1 and self._followed is not None:
+                    part, behind = self._followed, 1.0
                 constants.append((part.name, _least_constant(part, method, deadline)))
             else:
                 constants.append((part.name, part.lipschitz) if isinstance(part, Segment) else part)
-        lipschitz = math.prod([L for _, L in constants]) * self._behind * UP
+        lipschitz = math.prod([L for _, L in constants]) * behind * UP
         lipschitz = min([lipschitz, *(other.lipschitz for other in weaker)])
         pairs = None
         if self.classes is not None:
@@ -355,18 +353,22 @@ class Bounds:
         assert self.functionals is not None
         assert isinstance(segment, Segment)
         rows, radius, pairs = self.functionals
-        E, start = segment.enclosure, segment.start
         squares = self._squares
-        if method != "pairwise" and segment.linear:
-            E, start = segment.turned(rows, radius)
-            assert E.radius_G is not None
-            rows, radius = E.G, E.radius_G
-            squares.copy_(
-                torch.minimum(squares, prove_gains(E, start, rows, radius)[0])
-            )  # the best already, if all is linear
+        taken = (segment.whole if method == "pairwise" else segment.reduced)(rows, radius)
+        E, known, rest, start = taken.enclosure, taken.known, taken.rest, taken.multiplier(segment.start)
+        rows, radius = E.G, E.radius_G
+
+        def prove(Q: Tensor, which: Tensor) -> None:
+            """Lower the squares of some pairs to what a multiplier proves."""
+            proved, _ = prove_gains(E, Q, rows[which], None if radius is None else radius[which])
+            proved = torch.where(rest[which] > 0.0, (proved.sqrt() + rest[which]).square() * UP, proved)
+            squares[which] = torch.minimum(squares[which], proved)
+
+        if method != "pairwise":  # Λ proves more where linear rows are none of its
+            prove(taken.multiplier(segment.Lambda / segment.lipschitz), torch.arange(len(rows)))
         # Where slopes that the multipliers must cover reach the bound, there is nothing to gain: the identity in a residual
         # network, for one.
-        left = (squares > WORTH * least_gains(E, rows)).nonzero().flatten()
+        left = (squares > WORTH * least_gains(E, rows, known)).nonzero().flatten()
         Q = start.expand(len(left), -1)
         if method == "pairwise":
             Q = best_scales(E, segment.Lambda, rows[left]).unsqueeze(-1) * segment.Lambda
@@ -374,16 +376,15 @@ class Bounds:
             Q = torch.stack([sdp_gain(E, row)[0] for row in rows[left]])
         elif len(left):
             seen("the best multiplier of all pairs", 0, len(pairs))
-            common = best_gains(E, start, rows[left].unsqueeze(0), deadline=deadline, last=MIDDLE)
-            squares[left] = torch.minimum(squares[left], prove_gains(E, common[0], rows[left], radius[left])[0])
+            common = best_gains(E, start, rows[left].unsqueeze(0), known=known, deadline=deadline, last=MIDDLE)
+            prove(common[0], left)
             parts = []
             for part in left.split(16):
                 seen("the best multiplier of each pair", len(pairs) - len(left) + 16 * len(parts), len(pairs))
-                parts.append(best_gains(E, common[0], rows[part].unsqueeze(1), deadline=deadline))
+                parts.append(best_gains(E, common[0], rows[part].unsqueeze(1), known=known, deadline=deadline))
             Q = torch.cat(parts)
-        for k, m in enumerate(left.tolist()):
-            proved, _ = prove_gains(E, Q[k], rows[m : m + 1], radius[m : m + 1])
-            squares[m] = torch.minimum(squares[m], proved[0])
+        for k in range(len(left)):
+            prove(Q[k], left[k : k + 1])
         assert self.classes is not None
         constants = torch.zeros(self.classes, self.classes, dtype=torch.float64)
         i, j = torch.tensor(pairs).T
@@ -446,6 +447,11 @@ def _state(net: Network, copy: bool = False) -> dict[str, object]:
     return found
 
 
+def _segment(dae: DAE, enclosure: Enclosure, Lambda: Tensor, lipschitz: float) -> Segment:
+    linear = torch.tensor([a.linear for a, size in dae.sigma for _ in range(size)], dtype=torch.bool)
+    return Segment(dae.name, enclosure, Lambda, lipschitz, tuple(cascade(dae)), starts_linear(dae), linear)
+
+
 def metrics(dae: DAE) -> list[Tensor]:
     """Diagonal metrics P (n,) in which I − W may be strongly monotone.
 
@@ -459,12 +465,6 @@ def metrics(dae: DAE) -> list[Tensor]:
     if (N := map.comparison) is not None:
         found.append(N.sum(0) / N.sum(1))
     return [P.to("cpu", torch.float64) for P in found]
-
-
-def _linear_rows(dae: DAE, first_linear: bool) -> int:
-    """Leading rows that are identities and read no states, but for what assembling W rounds, of a dense network."""
-    count = dae.sigma.runs[0][1] if first_linear and not dae.grid else 0
-    return count if count and float(dae.W[:count].abs().amax()) < 1e-6 else 0
 
 
 def output_shape(step: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -509,6 +509,20 @@ def _matrix(
     return M, radius
 
 
+def _nonlinear(module: nn.Module, shape: tuple[int, ...]) -> Segment | None:
+    """An activation or MaxMin of vectors that is glue, as the equilibrium network that it also is; None for other glue."""
+    if len(shape) != 1:
+        return None
+    if type(module) is MaxMin:
+        dae = max_min(*shape, name=repr(module))
+    elif is_activation(module):
+        dae = elementwise(activation_of(module), *shape, name=repr(module))
+    else:
+        return None
+    proof = prove_constant(dae)
+    return _segment(dae, Enclosure.of(dae), proof.Lambda, proof.lipschitz) if isinstance(proof, Proof) else None
+
+
 def _absorbed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
     """A dense stage with affine glue in front taken into it: U ← UM; it keeps (10) with L·‖M‖ and Λ/‖M‖.
 
@@ -518,17 +532,27 @@ def _absorbed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Se
     if torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)):
         return segment
     E = segment.enclosure
-    U, spread = _product(E.U, E.radius_U, matrix, radius)
+    U, spread = product(E.U, E.radius_U, matrix, radius)
     enclosure = replace(E, U=U, radius_U=spread)
     Lambda, L = segment.Lambda / constant, segment.lipschitz * constant * UP
     return _checked(replace(segment, enclosure=enclosure, Lambda=Lambda, lipschitz=L))
 
 
+def _followed(segment: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
+    """A dense segment with affine glue behind taken into it: G ← MG; it keeps (10) with L·‖M‖ and Λ·‖M‖ (FORMULAS L1, L2)."""
+    E = segment.enclosure
+    G, radius_G = product(*M, E.G, E.radius_G)
+    enclosure = replace(E, G=G, radius_G=radius_G)
+    return replace(
+        segment, enclosure=enclosure, Lambda=segment.Lambda * constant, lipschitz=segment.lipschitz * constant * UP
+    )
+
+
 def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant: float) -> Segment:
     """second ∘ M ∘ first as one segment: every row kept, Λ = blkdiag(cL₂Λ₁, Λ₂/(cL₁)), L = cL₁L₂ (FORMULAS L3, L1)."""
     A, B = first.enclosure, second.enclosure
-    UM, spread_UM = _product(B.U, B.radius_U, *M)
-    cross, spread = _product(UM, spread_UM, A.G, A.radius_G)
+    UM, spread_UM = product(B.U, B.radius_U, *M)
+    cross, spread = product(UM, spread_UM, A.G, A.radius_G)
     n, m = A.states, B.states
 
     def stacked(a: Tensor | None, c: Tensor | None, b: Tensor | None) -> Tensor:
@@ -564,19 +588,10 @@ def _joined(first: Segment, second: Segment, M: tuple[Tensor, Tensor], constant:
     Lambda = torch.cat([L2 * constant * first.Lambda, second.Lambda / (L1 * constant)])
     name = f"{first.name} > {second.name}"
     L, layers = L1 * L2 * constant * UP, first.layers + second.layers
-    return _checked(replace(first, name=name, enclosure=enclosure, Lambda=Lambda, lipschitz=L, layers=layers))
-
-
-def _product(A: Tensor, radius_A: Tensor | None, B: Tensor, radius_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(AB as computed, entrywise radii of it): rounding, and the radii of both."""
-    radius = gamma(A.shape[1] + 2) * (A.abs() @ B.abs())
-    if radius_A is not None:
-        radius = radius + radius_A @ B.abs()
-    if radius_B is not None:
-        radius = radius + A.abs() @ radius_B
-    if radius_A is not None and radius_B is not None:
-        radius = radius + radius_A @ radius_B
-    return A @ B, radius * UP
+    linear = torch.cat([first.linear, second.linear])
+    return _checked(
+        replace(first, name=name, enclosure=enclosure, Lambda=Lambda, lipschitz=L, layers=layers, linear=linear)
+    )
 
 
 def _may_join(first: Segment, second: Segment) -> bool:
@@ -596,19 +611,34 @@ def _checked(segment: Segment) -> Segment:
 
 def _least_constant(segment: Segment, method: Search, deadline: float | None) -> float:
     """The constant of a segment's output as a vector, with the best Λ; never above the one it was proved with."""
-    E, start = segment.turned(segment.enclosure.G, segment.enclosure.radius_G)
-    if segment.lipschitz**2 <= WORTH * least_output(E) ** 2:
-        return segment.lipschitz
-    Q = sdp_output(E)[0] if method == "sdp" else best_outputs(E, start, deadline=deadline)
+    taken = segment.reduced(segment.enclosure.G, segment.enclosure.radius_G)
+    E, known = taken.enclosure, taken.known
+    least = _proved_output(taken, taken.multiplier(segment.Lambda / segment.lipschitz), segment.lipschitz)
+    if least**2 <= WORTH * least_output(E, known) ** 2:
+        return least
+    if method == "sdp":
+        Q = sdp_output(E)[0]
+    else:
+        # from the best multiplier for the sum of all outputs: far fewer steps away than one at the boundary
+        together = (E.G.movedim(-2, 0) if E.grid else E.G).unsqueeze(0)
+        start = taken.multiplier(segment.start)
+        start = best_gains(E, start, together, known=known, deadline=deadline, last=MIDDLE)[0]
+        Q = best_outputs(E, start, known=known, deadline=deadline)
+    return _proved_output(taken, Q, least)
+
+
+def _proved_output(taken: Reduced, Q: Tensor, least: float) -> float:
+    """The constant of an output as a vector that a multiplier proves, where it is below ``least``; else ``least``."""
+    E, rest = taken.enclosure, float(torch.linalg.vector_norm(taken.rest)) * SLACK
     H, d, _ = E.lmi(Q, None, "U")
     G = E.G / d
     square = float(torch.linalg.eigvalsh(hermitian(G @ linear_solve(H, G.mH))).amax())
     if not square > 0.0:
-        return segment.lipschitz
+        return least
     for slack in (1e-9, 1e-7, 1e-5, 1e-3):
         L = square**0.5 * (1.0 + slack)
-        if segment.lipschitz <= L:
+        if least <= L + rest:
             break
         if prove_lmi(E, Q * L, L):
-            return L
-    return segment.lipschitz
+            return (L + rest) * UP if rest else L
+    return least

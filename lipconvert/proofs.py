@@ -118,8 +118,7 @@ class Enclosure:
     @cached_property
     def in_range(self) -> bool:
         """Whether no product of entries can underflow or overflow unseen: all are 0 or of sizes within [1e-140, 1e140]."""
-        given = (*self.sizes, *(r for r in (self.radius_W, self.radius_U, self.radius_G) if r is not None))
-        return all(bool((((M >= 1e-140) & (M <= 1e140)) | (M == 0)).all()) for M in given)
+        return in_range(*self.sizes, *(r for r in (self.radius_W, self.radius_U, self.radius_G) if r is not None))
 
     @cached_property
     def mean(self) -> Enclosure:
@@ -178,6 +177,12 @@ class Enclosure:
         if not self.in_range or (self.states and not 1e-70 <= float(d.min()) <= float(d.max()) <= 1e70):
             error = float("inf")
         return H, d, error
+
+
+def in_range(*matrices: Tensor) -> bool:
+    """Whether all entries are 0 or of sizes within [1e-140, 1e140]: their squares and products cannot underflow unseen."""
+    sizes = (M.abs() for M in matrices)
+    return all(bool((((M >= 1e-140) & (M <= 1e140)) | (M == 0)).all()) for M in sizes)
 
 
 @isolated
@@ -287,8 +292,7 @@ def prove_gains(
     R, d, error = enclosure.lmi(Q, None, parts)
     count, inverse = len(rows), d.reciprocal()
     infinite = torch.full((count,), float("inf"), dtype=torch.float64)
-    given = rows.abs() if radius is None else torch.cat([rows.abs(), radius])
-    sane = bool((((given >= 1e-140) & (given <= 1e140)) | (given == 0)).all())
+    sane = in_range(rows) and (radius is None or in_range(radius))
     margin = next((c for c in MARGINS if exceeds(R, error, c)), None) if sane else None
     if margin is None:
         return infinite, infinite.clone()

@@ -115,6 +115,18 @@ def operations(count: int, like: Tensor) -> int:
     return 4 * count if like.is_complex() else count
 
 
+def product(A: Tensor, radius_A: Tensor | None, B: Tensor, radius_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(AB as computed, entrywise radii of it) for all A, B within entrywise radii of real A, B: rounding, and both radii."""
+    radius = gamma(A.shape[1] + 2) * (A.abs() @ B.abs())
+    if radius_A is not None:
+        radius = radius + radius_A @ B.abs()
+    if radius_B is not None:
+        radius = radius + A.abs() @ radius_B
+    if radius_A is not None and radius_B is not None:
+        radius = radius + radius_A @ radius_B
+    return A @ B, radius * SLACK
+
+
 def transform_growth(image: tuple[int, ...]) -> float:
     """η/u for ‖fl(rfft2 x) − rfft2 x‖₂ ≤ η ‖rfft2 x‖₂, and likewise for the inverse; 0 without an image.
 

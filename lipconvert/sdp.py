@@ -6,7 +6,8 @@ checked against. Needs the extra ``sdp`` (cvxpy and Clarabel). Dense networks of
 is LipSDP with one multiplier for each neuron (Fazlyab et al. 2019, arXiv:1906.04893, for networks that are
 implicit too), and by a Schur complement ρR(Q) ⪰ G′G for Q = Λ/ρ, R(Q) = 2Q − QW − W′Q − QUU′Q: the least ρ =
 λ_max(GR(Q)⁻¹G′) is the square of the constant. It is linear in (Λ, ρ), and has q rows less than the form with a
-variable for GR⁻¹G′.
+variable for GR⁻¹G′. Linear rows are taken out before (`lipconvert.linear_rows`); for the rows that then stand for what goes
+past all neurons, Λ = ρI is the best, which the program finds by itself.
 
 Interior-point solvers want W, U and G of the same size in all their entries: states are gauged so that what comes
 into each is as large as what goes out. Nothing a solver says is believed: `lipconvert.proofs` decides what its

@@ -102,13 +102,17 @@ class Files:
                 del kept.initializer[:]
                 kept.initializer.extend(left)
 
+    def described(self) -> list[dict[str, Any]]:
+        """What a manifest says of these tensors."""
+        return [
+            {"name": name, "dtype": str(M.dtype), "shape": list(M.shape), "sha256": digest(M.tobytes())}
+            for name, M in sorted(self.tensors.items())
+        ]
+
     def write(self, folder: Path) -> Path:
         """Sign and write; the path that is loaded."""
         if self.entries:
-            self.manifest["tensors"] = [
-                {"name": name, "dtype": str(M.dtype), "shape": list(M.shape), "sha256": digest(M.tobytes())}
-                for name, M in sorted(self.tensors.items())
-            ]
+            self.manifest["tensors"] = self.described()
         text = json.dumps(self.manifest, separators=(",", ":"), ensure_ascii=False)
         places: dict[str, tuple[int, int]] = {}
         if self.form != "embedded":

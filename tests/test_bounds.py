@@ -3,8 +3,7 @@
 import copy
 import math
 from dataclasses import replace
-from fractions import Fraction
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -19,9 +18,7 @@ import lipconvert as lc
 from lipconvert import bounds as bounds_module
 from lipconvert.bounds import METHODS, Bounds, Segment, class_pairs
 from lipconvert.construction import assemble
-from lipconvert.proofs import Enclosure
 from lipconvert.schema import LipschitzReport
-from lipconvert.spectrum import DENSE
 
 CASES = [(name, k) for name in lc.registry().names() for k in range(len(lc.registry().example_models(name, seed=0)))]
 
@@ -92,7 +89,7 @@ def test_merging_does_not_make_constants_worse(name, k):
     for one, other in zip(apart, merged, strict=True):
         assert other.lipschitz <= one.lipschitz * (1.0 + 1e-4)
         if one.method == "tightened":
-            assert bool((other.pairs <= one.pairs * (1.0 + 1e-2)).all())
+            assert bool((other.pairs <= one.pairs * (1.0 + 1e-5)).all())
 
 
 def test_a_linear_network_has_the_distances_of_its_rows():
@@ -113,67 +110,11 @@ def test_a_linear_layer_has_the_distances_of_its_rows():
     np.testing.assert_allclose(found.pairs.numpy(), pair_distances(layer.weight.detach()).numpy(), rtol=2e-6)
 
 
-def fractions(M: Tensor) -> list[list[Fraction]]:
-    return [[Fraction(v) for v in row] for row in M.tolist()]
-
-
-def times(A: list[list[Fraction]], B: list[list[Fraction]]) -> list[list[Fraction]]:
-    return [
-        [sum((a * b for a, b in zip(row, column, strict=True)), Fraction(0)) for column in zip(*B, strict=True)]
-        for row in A
-    ]
-
-
-@pytest.mark.parametrize("radii", [False, True])
-@pytest.mark.parametrize(("k", "n", "p", "q"), [(1, 1, 1, 1), (3, 5, 2, 2), (2, 5, 4, 3), (4, 4, 4, 2)])
-def test_turned_linear_rows_enclose_the_same_network(k, n, p, q, radii):
-    """T⁻¹WT, T⁻¹U, GT with T = blkdiag(P, I), in fractions: P is what the turned columns of G = I say it is."""
-    W, U, G = torch.randn(n, n), torch.randn(n, p), torch.cat([torch.eye(n), torch.randn(q, n)])
-    W[:k] *= 1e-15
-    U[k:] = 0.0
-    spread = [1e-9 * torch.rand_like(M) if radii else None for M in (W, U, G)]
-    segment = Segment("", Enclosure(W, U, G, DENSE, *spread), torch.ones(n), 1.0, (n,), True, k)
-    E, start = segment.turned(G, spread[2])
-    assert start.shape == (n,)
-    T = [[Fraction(int(i == j)) for j in range(n)] for i in range(n)]
-    for i, row in enumerate(fractions(E.G[:k, :k])):
-        T[i][:k] = row
-    corners = [
-        (M if r is None else M + 0.999 * r * torch.sign(torch.randn_like(M)))
-        for M, r in zip((W, U, G), spread, strict=True)
-    ]
-    exact_W, exact_U, exact_G = (fractions(M) for M in corners)
-    for enclosed, radius, right, left in (
-        (E.W, E.radius_W, times(exact_W, T), T),
-        (E.U, E.radius_U, exact_U, T),
-        (E.G, E.radius_G, times(exact_G, T), None),
-    ):
-        value = fractions(enclosed)
-        target = right if left is None else times(inverse(left), right)
-        for i, j in product(range(len(value)), range(len(value[0]))):
-            assert abs(value[i][j] - target[i][j]) <= Fraction(float(radius[i, j]))
-    assert float(E.radius_W.max()) < (1e-7 if radii else 1e-13)
-
-
-def inverse(A: list[list[Fraction]]) -> list[list[Fraction]]:
-    """Gauss and Jordan."""
-    n = len(A)
-    rows = [[*row, *(Fraction(int(i == j)) for j in range(n))] for i, row in enumerate(A)]
-    for k in range(n):
-        pivot = next(i for i in range(k, n) if rows[i][k])
-        rows[k], rows[pivot] = rows[pivot], rows[k]
-        rows[k] = [v / rows[k][k] for v in rows[k]]
-        rows = [
-            row if i == k else [v - row[k] * w for v, w in zip(row, rows[k], strict=True)] for i, row in enumerate(rows)
-        ]
-    return [row[n:] for row in rows]
-
-
 def test_what_the_last_segment_is_given_by_the_others_counts():
     """Two stages that no matrix joins, the first stretching by 3: the constants of pairs are those of the second, times 3."""
     M = torch.randn(3, 5)
     stretch = linear(3.0 * torch.eye(5)).steps[0]
-    net = lc.Network([stretch, nn.Tanh(), linear(M).steps[0]], [None] * 3, (5,))
+    net = lc.Network([stretch, Foreign(), linear(M).steps[0]], [None, 1.0, None], (5,))
     for bound in by_method(net):
         assert len(bound.segments) == 3
         assert bool((bound.pairs >= 3.0 * pair_distances(M)).all())
@@ -255,10 +196,10 @@ def test_a_linear_layer_in_front_of_a_residual_network_counts_as_what_it_is(merg
     free = Bounds(net)
     for k, part in enumerate(free._chain):
         assert isinstance(part, Segment)
-        assert part.linear == 6
-        free._chain[k] = replace(part, linear=0)
+        assert part.linear.tolist() == [True] * 6 + [False] * (len(part.linear) - 6)
+        free._chain[k] = replace(part, linear=torch.zeros_like(part.linear))
     weaker = free.bound()
-    assert bool((found.pairs <= weaker.pairs * (1.0 + 1e-3)).all())
+    assert bool((found.pairs <= weaker.pairs * (1.0 + 1e-6)).all())
     assert float(found.pairs.sum()) < 0.999 * float(weaker.pairs.sum())
     J = jacobians(model, 3.0 * torch.randn(200, 9))
     assert bool((found.pairs >= pair_distances(J).amax(0)).all())
@@ -308,7 +249,9 @@ def test_affine_glue_at_the_end_counts_as_the_matrix_that_it_is(name, dtype):
     distances = pair_distances(M)
     assert bool((tightened.pairs >= distances).all())
     assert bool((tightened.pairs <= distances * inflated + 1e-12).all())
-    # of the logits as a vector only the product of the norms is known
+    if len(shape) == 1:  # behind a stage on images only the product of the norms is known of the logits as a vector
+        norm = float(torch.linalg.matrix_norm(M, 2))
+        assert norm <= tightened.lipschitz <= norm * inflated
     product = math.prod(
         float(torch.linalg.matrix_norm(matrix_of([step], s), 2)) for step, s in _with_shapes(glue, shape)
     )
@@ -362,20 +305,34 @@ def test_two_dense_stages_have_the_constant_of_their_product():
         whole = torch.diag(first * second / stds)
         assert prescribed.lipschitz == pytest.approx(1.0 / float(stds.min()), rel=1e-5)
         assert tightened.segments == (("M0 > M1", tightened.segments[0][1]),)
-        assert tightened.lipschitz == pytest.approx(float(whole.max()), rel=3e-3)
-        np.testing.assert_allclose(tightened.pairs.numpy(), pair_distances(whole).numpy(), rtol=3e-3)
+        assert tightened.lipschitz == pytest.approx(float(whole.max()), rel=1e-5)
+        np.testing.assert_allclose(tightened.pairs.numpy(), pair_distances(whole).numpy(), rtol=1e-5)
         assert bool((tightened.pairs >= pair_distances(whole)).all())
 
 
-def test_more_stages_than_two_are_joined_and_a_nonlinearity_between_is_not():
+def test_more_stages_than_two_are_joined_and_what_the_core_does_not_know_between_them_is_not():
     stages = [SLLLinear(4) for _ in range(3)]
     joined = lc.Network([lc.convert(s).steps[0] for s in stages], [None] * 3, (4,))
     assert len(lc.lipschitz_bound(joined, "prescribed").segments) == 1
     steps = [joined.steps[0], nn.Tanh(), joined.steps[1], Foreign(), joined.steps[2]]
     apart = lc.lipschitz_bound(lc.Network(steps, [None, None, None, 2.0, None], (4,)), "prescribed")
-    assert [name for name, _ in apart.segments][1::2] == ["Tanh()", "Foreign()"]
+    first, second, third = (step.name for step in joined.steps)
+    assert [name for name, _ in apart.segments] == [f"{first} > Tanh() > {second}", "Foreign()", third]
     assert apart.lipschitz == pytest.approx(2.0, rel=1e-5)
     assert apart.pairs is not None
+
+
+def test_activations_between_stages_count_as_rows():
+    """W₂σ(W₁x): a chain of three affine maps has the constants it has where the activation is a stage's own."""
+    model = nn.Sequential(nn.Linear(4, 6), lc.MaxMin(), nn.Linear(6, 3)).double()
+    whole = lc.lipschitz_bound(lc.convert(model, (4,)))
+    first, last = (lc.convert(nn.Sequential(model[k]), (n,)).steps[0] for k, n in ((0, 4), (2, 6)))
+    apart = lc.lipschitz_bound(lc.Network([first, lc.MaxMin(), last], [None] * 3, (4,)))
+    assert len(whole.segments) == len(apart.segments) == 1
+    np.testing.assert_allclose(apart.pairs.numpy(), whole.pairs.numpy(), rtol=1e-6, atol=1e-12)
+    assert apart.lipschitz == pytest.approx(whole.lipschitz, rel=1e-6)
+    norms = [float(torch.linalg.matrix_norm(model[k].weight.detach(), 2)) for k in (0, 2)]
+    assert apart.lipschitz < 0.999 * math.prod(norms)
 
 
 class Foreign(nn.Module):
@@ -396,7 +353,7 @@ def test_channels_padded_before_a_stage_on_images(dtype):
     prescribed, _, tightened = by_method(net)
     assert prescribed.lipschitz == pytest.approx(10.0, rel=1e-4)
     assert prescribed.pairs is None
-    assert tightened.lipschitz == pytest.approx(1.0, rel=3e-3)
+    assert tightened.lipschitz == pytest.approx(1.0, rel=1e-5)
     assert tightened.lipschitz >= 1.0
 
 

@@ -50,7 +50,15 @@ def bits(net):
 
 @functools.cache
 def network(kind="images", seed=0):
-    """A small network; "tiny" has one dense stage, "images" pools in between, "equilibrium" needs a loop."""
+    """A small network; "tiny" has one dense stage, "images" pools in between, "equilibrium" needs a loop.
+
+    The same bits every time: a library may add up in another order where its arguments lie elsewhere in memory.
+    """
+    return copy.deepcopy(_network(kind, seed))
+
+
+@functools.cache
+def _network(kind, seed):
     name, index = {"tiny": ("sll", 1), "images": ("sll", 2), "equilibrium": ("mondeq", 2)}[kind]
     model = lc.registry().example_models(name, seed)[index].double()
     shape = getattr(model, "input_shape", None) or (lc.to_dae(model).inputs,)

@@ -16,6 +16,7 @@ import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import yaml
@@ -286,7 +287,7 @@ class TestCommandLine:
     def test_texts_of_a_graph_forged(self, tmp_path):
         path = tmp_path / "net.onnx"
         lc.save(named("x"), path, embed=True)
-        model = container.read(path).graph
+        model = onnx.ModelProto.FromString(path.read_bytes())
         del model.metadata_props[-1]  # its hash, which is written anew
         text = "".join(c for c in EVERYTHING if c != "\x00")
         model.doc_string = model.graph.doc_string = model.producer_name = model.graph.name = text
@@ -333,7 +334,7 @@ class TestCommandLine:
         with pytest.raises(lc.CheckpointError, match="backslash"):
             lc.save(named("x"), tmp_path / "a\\b.onnx")
         assert list(tmp_path.iterdir()) == []
-        with pytest.raises(lc.CheckpointError, match="no text"):
+        with pytest.raises(lc.CheckpointError, match=r"class_names\.0"):
             lc.save(named("\udcff"), tmp_path / "net.onnx")
         (tmp_path / name).mkdir()
         lc.save(named("x"), tmp_path / name / f"{name}.safetensors")

@@ -202,7 +202,7 @@ def rewritten(files: Files) -> None:
     """The graph is written anew for what the manifest now says, by lipconvert itself: the forger has it too."""
     assert files.model is not None
     try:
-        manifest = Manifest.model_validate({**files.manifest, "tensors": []})
+        manifest = Manifest.model_validate({**files.manifest, "tensors": files.described()})
     except ValueError as error:
         raise UnwritableError from error
     tensors = {name: torch.from_numpy(M.copy()) for name, M in files.tensors.items()}

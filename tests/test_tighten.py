@@ -34,7 +34,7 @@ from lipconvert.tighten import (
 
 IMAGES = [(2, 2), (3, 3), (2, 3), (1, 4), (4, 1)]
 # ρ of what was found, relative to the minimum: the gap of the central path at its end, 1/LAST, and what centring leaves.
-CLOSE = 2e-3
+CLOSE = 5e-6
 
 
 @dataclass
@@ -322,8 +322,8 @@ def test_warm_and_cold_starts_end_at_the_same_value(seed: int) -> None:
     for k in range(3):
         g = case.G[k : k + 1]
         value = float(gain(case, cold[k], g))
-        assert float(gain(case, warm[k], g)) == pytest.approx(value, rel=1e-3)
-        assert float(gain(case, mixed[k], g)) == pytest.approx(value, rel=1e-3)
+        assert float(gain(case, warm[k], g)) == pytest.approx(value, rel=CLOSE)
+        assert float(gain(case, mixed[k], g)) == pytest.approx(value, rel=CLOSE)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -335,7 +335,7 @@ def test_from_the_minimum_of_another_functional(seed: int) -> None:
     cold, warm = (best_gains(case.enclosure, Q, rows) for Q in (case.start, far))
     for k in range(3):
         g = case.G[k : k + 1]
-        assert float(gain(case, warm[k], g)) == pytest.approx(float(gain(case, cold[k], g)), rel=1e-3)
+        assert float(gain(case, warm[k], g)) == pytest.approx(float(gain(case, cold[k], g)), rel=CLOSE)
 
 
 def test_a_deadline_in_the_past_returns_the_start() -> None:
