@@ -1,4 +1,4 @@
-"""Networks on a CUDA device against themselves on the CPU; skipped where there is none."""
+"""Networks on a CUDA device against themselves on the CPU: on a real one, where there is one, and on one pretended."""
 
 import copy
 
@@ -15,7 +15,7 @@ from lipconvert.augment import Augmentation
 from lipconvert.bounds import Bounds
 from lipconvert.schema import AugmentConfig
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("device")
 
 MODELS = {
     "dense": lambda: SLLNetwork(inputs=6, classes=3, features=9, dense_depth=3),
