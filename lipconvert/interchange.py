@@ -185,7 +185,7 @@ def export_vnnlib(
             break
         x, label = data[k]
         with torch.no_grad():
-            logits = single(x.unsqueeze(0).float())[0]
+            logits = single(x.unsqueeze(0).to("cpu", torch.float32))[0]
         if logits.dim() != 1:
             raise ShapeError("the output", "(B, classes)", ("B", *logits.shape), "A property is about classes.")
         if int(logits.argmax()) != int(label):

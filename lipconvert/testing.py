@@ -20,6 +20,7 @@ Tolerances are class attributes. Override one only with the reason beside it:
 * ``batch_tolerance``: a prediction may depend on its batch by the order of additions only.
 * ``strict_delta``: the δ of the strict start.
 
+``device``: where the models, the converted networks and their inputs are ("cpu"). Conversion runs on the CPU wherever they are.
 ``options(model)`` gives what a weights file of the architecture does not hold, for plugins with ``from_state_dict``.
 """
 
@@ -134,7 +135,7 @@ def _train(model: nn.Module, x: Tensor, steps: int, learning_rate: float = 1e-2)
     """Adam on a loss that drives the outputs up without bound: what a constraint has to withstand."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        target = torch.randn(model(x).shape, generator=generator, dtype=x.dtype)
+        target = torch.randn(model(x).shape, generator=generator, dtype=x.dtype).to(x.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     _true(f"{type(model).__name__} has no trainable parameters", bool(parameters))
     optimiser = torch.optim.Adam(parameters, lr=learning_rate)
@@ -148,6 +149,7 @@ class PluginConformance:
     """About 25 tests for the plugin named ``plugin``; see the module docstring. Inherit, and name the class ``Test...``."""
 
     plugin: str = ""
+    device: str = "cpu"
     seeds: tuple[int, ...] = (0, 1)
     samples: int = 8
 
@@ -180,7 +182,7 @@ class PluginConformance:
     def model(self, request: pytest.FixtureRequest) -> nn.Module:
         """One example in float64 and eval mode."""
         seed, index = request.param
-        return registry().example_models(self.plugin, seed)[index].double().eval()
+        return registry().example_models(self.plugin, seed)[index].to(self.device, torch.float64).eval()
 
     @property
     def record(self) -> Plugin:
@@ -191,7 +193,7 @@ class PluginConformance:
         """Standard normal samples of the model's input shape, float64, always the same."""
         shape = tuple(model.input_shape)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(7)
-        return torch.randn(count or self.samples, *shape, generator=generator, dtype=torch.float64)
+        return torch.randn(count or self.samples, *shape, generator=generator, dtype=torch.float64).to(self.device)
 
     def options(self, model: nn.Module) -> dict[str, Any]:
         """What the architecture's weights files do not hold: sizes, L, and numbers the model carries as attributes."""
@@ -371,7 +373,7 @@ class PluginConformance:
         with torch.no_grad():
             y = model(x)
             dae = to_dae(model)
-            through_dae = evaluate(dae, _inputs_of(dae, x)).reshape(y.shape)
+            through_dae = evaluate(dae, _inputs_of(dae, x.cpu())).reshape(y.shape).to(self.device)
             through_net = convert(model, check=False)(x)
         _at_most("outputs, DAE - source", relative_difference(through_dae, y), self.output_tolerance)
         _at_most("outputs, LBEN - source", relative_difference(through_net, y), self.output_tolerance)

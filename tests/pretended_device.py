@@ -155,8 +155,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.untyped_storage:
-            return func(*args, **kwargs)
+        if func is Tensor.untyped_storage or func.__name__ == "__get__":
+            return func(*args, **kwargs)  # nothing is made
         pretended = self.pretended
         if func in FROM_DATA:
             return pretended.from_data(func, *args, **kwargs)
@@ -190,16 +190,17 @@ class PretendedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        name = func._schema.name.split("::")[1]
         tensors = _tensors((*args, *kwargs.values()))
-        there = any(marked(x) for x in tensors)
-        wanted = kwargs.get("device")
+        there, wanted, generator = any(map(marked, tensors)), kwargs.get("device"), kwargs.get("generator")
+        if not there and "device" not in kwargs and generator is None and (tensors or not self.like):
+            return func(*args, **kwargs)  # on the CPU alone
         if "meta" in (wanted and torch.device(wanted).type, *(_DEVICE.__get__(x).type for x in tensors)):
             return func(*args, **kwargs)
+        name = func._schema.name.split("::")[1]
         where = self._where(wanted, "device" in kwargs, tensors, there)
         if wanted is not None:
             kwargs["device"] = "cpu"
-        if kwargs.get("generator") is not None:
+        if generator is not None:
             self._check_generator(where)
         if there:
             self._check(func, name, args, kwargs, tensors)
@@ -207,7 +208,7 @@ class PretendedDevice(TorchDispatchMode):
             self.waits("copy_ between devices")
         elif where and (name in WAITS or (name in INDEXING and self._waits_for_index(name, args))):
             self.waits(name)
-        drawn = where and torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        drawn = where and torch.Tag.nondeterministic_seeded in func.tags and generator is None
         with self._numbers_of_the_device() if drawn else ExitStack():
             out = func(*args, **kwargs)
         if where:
@@ -321,24 +322,27 @@ class PretendedDevice(TorchDispatchMode):
     def _backward(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """The engine of autograd: Python in custom functions calls torch as everywhere, C++ fills in zeros like the roots."""
 
-        def run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(outputs: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
             before = self.asked, self.like, self.generator
             self.asked, self.like, self.generator = None, any(map(marked, outputs)), None
+            self._require_gradients(outputs, gradients)
             try:
                 with _Calls(self):
-                    found = real(outputs, *args, **kwargs)
+                    found = real(outputs, gradients, *args, **kwargs)
             finally:
                 self.asked, self.like, self.generator = before
-            inputs = args[3] if len(args) > 3 and found is not None else ()
-            for k, (x, gradient) in enumerate(zip(inputs, found or (), strict=False)):
-                if isinstance(gradient, Tensor) and isinstance(x, Tensor) and marked(x) != marked(gradient):
-                    raise RuntimeError(
-                        f"Function returned an invalid gradient at index {k} - expected device {x.device} but got "
-                        f"{gradient.device}"
-                    )
+            if found and not kwargs["accumulate_grad"]:  # args: whether to retain and to create graphs, inputs
+                self._require_gradients(args[2], found)
             return found
 
         return run
+
+    @staticmethod
+    def _require_gradients(tensors: Any, gradients: Any) -> None:
+        for k, (x, gradient) in enumerate(zip(tensors, gradients, strict=True)):
+            if isinstance(x, Tensor) and isinstance(gradient, Tensor) and marked(x) != marked(gradient):
+                text = f"invalid gradient at index {k} - expected device {x.device} but got {gradient.device}"
+                raise RuntimeError(f"Function returned an {text}")
 
     # What is replaced while it lasts
 
@@ -362,7 +366,9 @@ class PretendedDevice(TorchDispatchMode):
         def on_the_host(real: Callable[..., Any]) -> Callable[..., Any]:
             def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if marked(x):
-                    text = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
+                    text = (
+                        "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
+                    )
                     raise TypeError(f"{text}memory first.")
                 return real(x, *args, **kwargs)
 

@@ -16,8 +16,14 @@ def _suite(name: str) -> type[PluginConformance]:
     return type(title, (PluginConformance,), {"plugin": name, "__module__": __name__})
 
 
+def _on_the_device(suite: type[PluginConformance]) -> type[PluginConformance]:
+    """The same tests with models and inputs on a device, a real one or one pretended; one seed, as they take longer."""
+    attributes = {"device": "cuda", "seeds": suite.seeds[:1], "pytestmark": [pytest.mark.usefixtures("device")]}
+    return type(f"{suite.__name__}OnTheDevice", (suite,), {**attributes, "__module__": __name__})
+
+
 SUITES = [_suite(name) for name in lc.registry().names()]
-globals().update({suite.__name__: suite for suite in SUITES})
+globals().update({suite.__name__: suite for cpu in SUITES for suite in (cpu, _on_the_device(cpu))})
 
 
 def test_every_plugin_loads_and_has_a_suite():

@@ -1,13 +1,18 @@
 """Networks on a CUDA device against themselves on the CPU: on a real one, where there is one, and on one pretended."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from lipconvert_plugins.mondeq import MonDEQConv2d
 from lipconvert_plugins.sandwich import SandwichNetwork
 from lipconvert_plugins.sll import SLLNetwork
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lipconvert as lc
 from lipconvert.accuracy import Accuracy
@@ -21,15 +26,15 @@ MODELS = {
     "dense": lambda: SLLNetwork(inputs=6, classes=3, features=9, dense_depth=3),
     "convolutions": lambda: SLLNetwork(image=(8, 7), pool=1, in_channels=2, channels=3, classes=3, dense_depth=1),
     "sandwich": lambda: SandwichNetwork(image=(6, 8), pool=2, in_channels=2, channels=3, classes=3, dense_depth=1),
-    "equilibrium": lambda: nn.Sequential(MonDEQConv2d(2, 3, 2, m=0.5), nn.Flatten()),
+    "equilibrium": lambda: nn.Sequential(MonDEQConv2d(2, 3, 2, m=0.5), lc.MeanPool(2), nn.Flatten()),
 }
-SHAPES = {"equilibrium": (2, 5, 6)}
+SHAPES = {"equilibrium": (2, 4, 6)}
 
 
 def network(name: str) -> tuple[nn.Module, lc.Network, Tensor]:
     model = MODELS[name]().double()
     shape = SHAPES.get(name) or model.input_shape
-    return model, lc.convert(model, shape), torch.randn(7, *shape)
+    return model, lc.convert(model, shape, check=False), torch.randn(7, *shape)
 
 
 def gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
@@ -71,6 +76,110 @@ def test_a_model_on_the_device_converts_and_its_network_stays_there(name):
     assert there.device.type == "cuda"
     with torch.no_grad():
         assert float((there(x.to("cuda")).cpu() - net(x)).abs().max()) <= 1e-12
+
+
+def plain(result: Any) -> Any:
+    """What a function returns, with tensors in float64 on the CPU and numbers as such tensors."""
+    if isinstance(result, Tensor):
+        return (result.real if result.is_complex() else result).detach().cpu().double()
+    if isinstance(result, dict):
+        return {key: plain(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [plain(value) for value in result]
+    return torch.tensor(float(result)) if isinstance(result, int | float) else result
+
+
+def saved(net: lc.Network, path: Path) -> lc.Network:
+    lc.save(net, path / "net.onnx")
+    assert lc.verify(path / "net.onnx").passed
+    loaded, x = lc.load(path / "net.onnx"), torch.ones(2, *net.input_shape, device=net.device)
+    assert torch.equal(loaded.to(net.device)(x), net(x))
+    return loaded
+
+
+def pickled(net: lc.Network, path: Path) -> lc.Network:
+    torch.save(net.state_dict(), path / "net.pt")
+    copied = copy.deepcopy(net)
+    copied.load_state_dict(torch.load(path / "net.pt"))
+    return copied
+
+
+def run_elsewhere(net: lc.Network, x: Tensor, path: Path) -> Tensor:
+    """The output of the feed-forward graph in onnxruntime."""
+    (path / "explicit.onnx").write_bytes(lc.explicit(net).SerializeToString())
+    session = onnxruntime.InferenceSession(path / "explicit.onnx")
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.cpu().float().numpy()})[0])
+
+
+def trained(net: lc.Network, x: Tensor, labels: Tensor, path: Path, **config: Any) -> Tensor:
+    """The output after an epoch that begins on the device of the network, which it does not leave."""
+    config = {"epochs": 1, "batch_size": 4, "precision": "64-true", "tolerance": 1e-12, "keep": "last", **config}
+    before, net = net.device, copy.deepcopy(net).double()
+    lc.finetune(net, TensorDataset(x, labels), TensorDataset(x, labels), lc.TrainingConfig(**config))
+    assert net.device == before
+    return net(x.to(before))
+
+
+# What is public and takes a network (N), a batch (x), its labels (t) and a folder (p), or a DAE of the network.
+FUNCTIONS: dict[str, Callable[[lc.Network, Tensor, Tensor, Path], Any]] = {
+    "certify": lambda N, x, t, p: lc.certify(N, TensorDataset(x, t)).sample_radii,
+    "certify and attack": lambda N, x, t, p: (
+        lc.certify(N, DataLoader(TensorDataset(x, t), 4), attack=lc.AttackConfig(steps=3)).attack.attacked_accuracy
+    ),
+    "certify into a folder": lambda N, x, t, p: lc.certify(N, TensorDataset(x, t), folder=p, shard_size=3).margins,
+    "certified_radii": lambda N, x, t, p: lc.certified_radii(N, x, t),
+    "Certifier": lambda N, x, t, p: lc.Certifier(N, "pairwise")(x, t),
+    "pgd": lambda N, x, t, p: lc.pgd(N, x, t, 0.3, steps=4, restarts=2, box=(-5.0, 5.0)),
+    "pgd, radii": lambda N, x, t, p: lc.pgd(N, x, t, torch.linspace(0.1, 0.7, len(x)), steps=4, loss="dlr"),
+    "apgd": lambda N, x, t, p: lc.apgd(N, x, t, 0.3, steps=4, restarts=2, loss="cross_entropy"),
+    "attack": lambda N, x, t, p: lc.attack(N, x, t, [0.2, 2.0, 0.0], steps=4, method="apgd", restarts=3),
+    "empirical_lipschitz": lambda N, x, t, p: lc.empirical_lipschitz(N, x, steps=3),
+    "empirical_lipschitz, pair": lambda N, x, t, p: lc.empirical_lipschitz(N, x, steps=3, pair=(1, 0)),
+    "lipschitz_bound": lambda N, x, t, p: lc.lipschitz_bound(N).pairs,
+    "save, verify, load": lambda N, x, t, p: saved(N, p)(x.to(N.device, N.dtype)),
+    "torch.save": lambda N, x, t, p: pickled(N, p)(x.to(N.device)),
+    "methods": lambda N, x, t, p: N.methods(x.to(N.device)),
+    "info": lambda N, x, t, p: N.info().model_dump_json(),
+    "check": lambda N, x, t, p: vars(lc.check(N.stages[0].dae())),
+    "check a multiplier": lambda N, x, t, p: vars(
+        lc.check(dae := N.stages[0].dae(), lc.strict_multiplier(dae, 1e-3), 1.001 * dae.lipschitz)
+    ),
+    "X and H": lambda N, x, t, p: [M(N.stages[0].dae()).abs() for M in (lc.X_matrix, lc.H_matrix)],
+    "prove_constant": lambda N, x, t, p: vars(lc.prove_constant(N.stages[0].dae())),
+    "prove_lmi": lambda N, x, t, p: vars(lc.prove_lmi(dae := N.stages[0].dae(), dae.Lambda, 1.01 * dae.lipschitz)),
+    "prove_monotone": lambda N, x, t, p: lc.prove_monotone(dae := N.stages[0].dae(), dae.Lambda),
+    "solve": lambda N, x, t, p: N.stages[0].solve(x.new_ones(2, 9).to(N.device)).value,
+    "compose": lambda N, x, t, p: list(lc.compose(dae := N.stages[0].dae(), lc.scale(lc.affine(dae.G.mT), 2.0))),
+    "eliminate": lambda N, x, t, p: list(lc.eliminate(N.stages[0].dae())),
+    "gauge": lambda N, x, t, p: list(lc.gauge(N.stages[0].dae())),
+    "absorb": lambda N, x, t, p: list(lc.absorb(dae := N.stages[0].dae(), 0.5 * dae.U.mT @ dae.U)),
+    "densify": lambda N, x, t, p: list(lc.densify(N.stages[0].dae())),
+    "from_dae": lambda N, x, t, p: lc.LBEN.from_dae(N.stages[0].dae(), delta=1e-3)(x.new_ones(2, 9).to(N.device)),
+    "finetune": trained,
+    "explicit": lambda N, x, t, p: run_elsewhere(N, x, p),
+    "export_vnnlib": lambda N, x, t, p: [
+        f.read_text() for f in lc.export_vnnlib(N, p / "vnn", TensorDataset(x, t), 0.1, box=(-1.0, 1.0))
+    ],
+}
+
+
+@pytest.mark.parametrize("data", ["cpu", "cuda"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_public_functions_take_a_network_on_the_device(function, data, tmp_path):
+    """Wherever the data are, what comes out is what comes out of the same network on the CPU."""
+    _, net, x = network("dense")
+    labels = net(x).argmax(1)
+    labels[0] = (labels[0] + 1) % 3  # one is wrong
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    expected = plain(FUNCTIONS[function](net, x, labels, tmp_path / "here"))
+    there = copy.deepcopy(net).to("cuda")
+    found = FUNCTIONS[function](there, x.to(data), labels.to(data), tmp_path / "there")
+    assert there.device.type == "cuda"
+    if function in ("methods", "info", "export_vnnlib"):  # words
+        assert found == expected
+    else:
+        torch.testing.assert_close(plain(found), expected, rtol=1e-7, atol=1e-9)
 
 
 def test_certification_counts_the_same():
@@ -127,6 +236,72 @@ def test_fine_tuning_gives_the_weights_it_gives_on_the_cpu(epsilon):
     for name, value in trained["cpu"].items():
         # Adam divides by the root of squares: round-off of 1e-15 grows where gradients are small.
         torch.testing.assert_close(trained["cuda"][name], value, rtol=1e-6, atol=1e-8)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "penalty": {"penalty": {"weight": 0.1}},
+    "penalty, l2": {"penalty": {"weight": 0.1, "norm": "l2"}, "clip": 1.0},
+    "freeze": {"penalty": {"freeze": True}, "roots": 1e-3},
+    "freeze, no gauge": {"penalty": {"freeze": True}, "balance": False, "learning_rates": {"Psi": 0.5}},
+    "muon": {"optimizer": "muon", "schedule": {"kind": "one_cycle"}, "stages": [1]},
+    "epsilon": {"epsilon": 0.01, "roots": 1e-3, "weight_decay": 1e-3},
+    "best": {"keep": "best", "held_out": 4, "patience": 1, "augment": {"crop": 1, "flip": True}},
+}
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_network_on_the_device_is_fine_tuned_there_and_stays(option, accelerator):
+    """With every option, and also where the training itself is on the CPU: the weights of a run on the CPU alone."""
+    if accelerator == "cpu" and not option.startswith(("penalty", "freeze")):
+        pytest.skip("nothing that this option does depends on where the network was before")
+    config = {"epochs": 1, "batch_size": 6, "precision": "64-true", "tolerance": 1e-12, "keep": "last", "radii": [0.1]}
+    start, data = network("convolutions")[1], images()[:12]
+    found = []
+    for device, where in (("cpu", "cpu"), ("cuda", accelerator)):
+        net = copy.deepcopy(start).to(device)
+        placed = [(x.to(device), label) for x, label in data]
+        lc.finetune(net, placed, config=lc.TrainingConfig(**{**config, **OPTIONS[option]}, accelerator=where))
+        assert net.device.type == device
+        found.append([p.detach().cpu() for p in net.parameters()])
+    changed = 0.0
+    for ours, theirs, before in zip(*found, start.parameters(), strict=True):
+        # Muon's orthogonal factor is computed in bfloat16, from sums in any order.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4 if option == "muon" else 1e-7)
+        changed = max(changed, float((ours - before.detach()).abs().max()))
+    assert changed > 1e-4
+
+
+def test_a_network_on_the_device_is_validated():
+    """Against a source on either device, with inputs on either."""
+    for name in ("dense", "convolutions"):
+        model, net, x = network(name)
+        expected = lc.validate(model, net, x)
+        for source in (model, copy.deepcopy(model).to("cuda")):
+            for inputs in (x, x.to("cuda"), None):
+                report = lc.validate(source, copy.deepcopy(net).to("cuda"), inputs)
+                assert report.passed
+                assert [check.name for check in report.checks] == [check.name for check in expected.checks]
+        moved = copy.deepcopy(net).to("cuda")
+        with torch.no_grad():
+            moved.stages[0].b_y.add_(1e-3)
+        with pytest.raises(lc.EquivalenceError):
+            lc.validate(model, moved)
+
+
+def test_a_certifier_refuses_a_network_that_was_moved():
+    _, net, x = network("dense")
+    labels = net(x).argmax(1)
+    certifier = lc.Certifier(net, "prescribed")
+    certifier(x, labels)
+    net.to("cuda")
+    with pytest.raises(lc.NoCertificateError, match="moved"):
+        certifier(x, labels)
+    there = lc.Certifier(net, "prescribed")
+    there(x, labels)
+    net.to("cpu")
+    with pytest.raises(lc.NoCertificateError, match="moved"):
+        there(x, labels)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
