@@ -71,35 +71,30 @@ FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
 def marked(x: Tensor) -> bool:
     """Whether a tensor is on the pretended device."""
-    return getattr(_storage(x), _MARK, False)
+    try:
+        return getattr(x.untyped_storage(), _MARK, False)
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has no storage
+        return False
 
 
 def mark(x: Tensor, there: bool = True) -> Tensor:
     """The same tensor, with all that share its storage, on the pretended device or not."""
-    storage = _storage(x)
-    if storage is not None:
-        setattr(storage, _MARK, there)
+    setattr(x.untyped_storage(), _MARK, there)
     return x
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among values, also in lists, tuples and dictionaries."""
+    """The tensors among values, also in lists, tuples and dictionaries (but for those that begin with a number: sizes)."""
     found = list[Tensor]()
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors(value)
+        elif isinstance(value, (list, tuple)):
+            if value and not isinstance(value[0], int):
+                found += _tensors(value)
         elif isinstance(value, dict):
             found += _tensors(value.values())
     return found
-
-
-def _storage(x: Tensor) -> torch.UntypedStorage | None:
-    try:
-        return x.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
-        return None
 
 
 def is_cuda(device: Any) -> bool:
@@ -161,9 +156,10 @@ class _Calls(TorchFunctionMode):
         if func in FROM_DATA:
             return pretended.from_data(func, *args, **kwargs)
         before = pretended.asked, pretended.like, pretended.generator
-        given = kwargs.get("device")
-        pretended.asked = None if given is None else is_cuda(given)
-        pretended.like = any(map(marked, _tensors((*args, *kwargs.values()))))
+        given, like = kwargs.get("device"), any(map(marked, _tensors((*args, *kwargs.values()))))
+        if before == (None, like, None) and given is None and "generator" not in kwargs:
+            return func(*args, **kwargs)
+        pretended.asked, pretended.like = None if given is None else is_cuda(given), like
         pretended.generator = kwargs.get("generator")
         try:
             return func(*args, **kwargs)
@@ -176,6 +172,10 @@ class PretendedDevice(TorchDispatchMode):
 
     ``synchronisations``: how often the host waited, by operation and line outside torch.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it costs more than the rest
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,9 +212,9 @@ class PretendedDevice(TorchDispatchMode):
         with self._numbers_of_the_device() if drawn else ExitStack():
             out = func(*args, **kwargs)
         if where:
-            given = {_address(x) for x in tensors}
+            given = {x.untyped_storage()._cdata for x in tensors}
             for x in _tensors((out,)):
-                if _address(x) not in given:
+                if x.untyped_storage()._cdata not in given:
                     mark(x)
         return out
 
@@ -463,8 +463,3 @@ class PretendedDevice(TorchDispatchMode):
         packages = torch.serialization._package_registry
         self._inside.callback(packages.__setitem__, slice(None), list(packages))
         torch.serialization.register_package(0, told, restored)
-
-
-def _address(x: Tensor) -> int | None:
-    storage = _storage(x)
-    return None if storage is None else storage._cdata
