@@ -27,6 +27,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -95,6 +97,40 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, dict):
             found += _tensors(value.values())
     return found
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What an operation is: asked for once, as some hundred thousand of few kinds are done."""
+
+    name: str
+    strict: bool
+    writes: bool  # into its first argument
+    random: bool
+
+    def waits(self, args: Any) -> bool:
+        """Whether the host waits, where the result is on the device."""
+        if self.name == "copy_":
+            return marked(args[0]) != marked(args[1])
+        if self.name not in INDEXING:
+            return self.name in WAITS
+        # A mask is counted before it selects, unless one number is put (that is masked_fill); a CPU index is copied.
+        indices = _tensors(args[1])
+        masked = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+        fills = "put" in self.name and args[2].numel() == 1
+        return (masked and not fills) or not all(map(marked, indices))
+
+
+@cache
+def _traits(func: Any) -> _Traits:
+    name = func._schema.name.split("::")[1]
+    first = func._schema.arguments[0].alias_info if func._schema.arguments else None
+    return _Traits(
+        name=name,
+        strict=name.lstrip("_").startswith(STRICT),
+        writes=first is not None and first.is_write,
+        random=torch.Tag.nondeterministic_seeded in func.tags,
+    )
 
 
 def is_cuda(device: Any) -> bool:
@@ -189,62 +225,65 @@ class PretendedDevice(TorchDispatchMode):
     # Operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        tensors = _tensors((*args, *kwargs.values()))
-        there, wanted, generator = any(map(marked, tensors)), kwargs.get("device"), kwargs.get("generator")
-        if not there and "device" not in kwargs and generator is None and (tensors or not self.like):
+        kwargs = kwargs or {}
+        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
+        on = [marked(x) for x in tensors]
+        there, takes_device, generator = any(on), "device" in kwargs, kwargs.get("generator")
+        if not there and not takes_device and generator is None and (tensors or not self.like):
             return func(*args, **kwargs)  # on the CPU alone
-        if "meta" in (wanted and torch.device(wanted).type, *(_DEVICE.__get__(x).type for x in tensors)):
-            return func(*args, **kwargs)
-        name = func._schema.name.split("::")[1]
-        where = self._where(wanted, "device" in kwargs, tensors, there)
-        if wanted is not None:
-            kwargs["device"] = "cpu"
+        where, traits = there, _traits(func)
+        if takes_device:
+            wanted = kwargs["device"]
+            if wanted is not None and torch.device(wanted).type == "meta":
+                return func(*args, **kwargs)
+            where = self._where(wanted, tensors, there)
+            kwargs = {**kwargs, "device": wanted and "cpu"}
+        elif not tensors:
+            where = self.like
         if generator is not None:
             self._check_generator(where)
-        if there:
-            self._check(func, name, args, kwargs, tensors)
-        if name == "copy_" and marked(args[0]) != marked(args[1]):
-            self.waits("copy_ between devices")
-        elif where and (name in WAITS or (name in INDEXING and self._waits_for_index(name, args))):
-            self.waits(name)
-        drawn = where and torch.Tag.nondeterministic_seeded in func.tags and generator is None
-        with self._numbers_of_the_device() if drawn else ExitStack():
+        if there and not all(on):
+            self._check(func, traits, args, kwargs, tensors, on)
+        if where and traits.waits(args):
+            self.waits(traits.name)
+        if where and traits.random and generator is None:
+            with self._numbers_of_the_device():
+                out = func(*args, **kwargs)
+        else:
             out = func(*args, **kwargs)
         if where:
-            given = {x.untyped_storage()._cdata for x in tensors}
+            given = [x.untyped_storage()._cdata for x in tensors]
             for x in _tensors((out,)):
                 if x.untyped_storage()._cdata not in given:
                     mark(x)
         return out
 
-    def _where(self, wanted: Any, takes_device: bool, tensors: list[Tensor], there: bool) -> bool:
+    def _where(self, wanted: Any, tensors: list[Tensor], there: bool) -> bool:
         """Whether new tensors of an operation are on the device: where it is told, else where the arguments are.
 
         "cpu" is what C++ says also of tensors "like" marked ones: it counts only where the call in Python says it.
         """
         if wanted is not None and is_cuda(wanted):
             return True
-        if takes_device and self.asked is not None:
+        if self.asked is not None:
             return self.asked
         return there if tensors else self.like
 
-    def _check(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
+    def _check(self, func: Any, traits: _Traits, args: Any, kwargs: Any, tensors: list[Tensor], on: list[bool]) -> None:
         """Raises what torch raises of an operation on tensors of both devices."""
-        if name in COPIES:
+        if traits.name in COPIES or any(_DEVICE.__get__(x).type == "meta" for x in tensors):
             return
-        if name in INDEXING:
-            if not marked(args[0]) and any(i is not None and marked(i) for i in args[1]):
+        if traits.name in INDEXING:
+            if not marked(args[0]) and any(map(marked, _tensors(args[1]))):
                 text = "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
                 raise RuntimeError(f"{text} ({func})")
-            tensors = [args[0], *(x for x in args[2:3] if isinstance(x, Tensor))]
-        schema = func._schema.arguments[0].alias_info if func._schema.arguments else None
-        written = [x for k, x in kwargs.items() if k.startswith("out") and isinstance(x, Tensor)]
-        if schema is not None and schema.is_write and isinstance(args[0], Tensor):
-            written.append(args[0])
-        strict = name.lstrip("_").startswith(STRICT)
-        left = [x for x in tensors if not marked(x) and (strict or x.dim() > 0)]
-        if (left and any(map(marked, tensors))) or not all(map(marked, written)):
+            tensors = [args[0], *_tensors(args[2:3])]
+            on = [marked(x) for x in tensors]
+        written = _tensors([value for key, value in kwargs.items() if key.startswith("out")])
+        if traits.writes:
+            written += _tensors(args[:1])
+        left = [x for x, there in zip(tensors, on, strict=True) if not there and (traits.strict or x.dim() > 0)]
+        if (left and any(on)) or not all(map(marked, written)):
             text = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
             raise RuntimeError(f"{text} ({func})")
 
@@ -252,14 +291,6 @@ class PretendedDevice(TorchDispatchMode):
         if where != (type(self.generator) is _Generator):
             expected, found = ("cuda", "cpu") if where else ("cpu", "cuda")
             raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{found}'")
-
-    @staticmethod
-    def _waits_for_index(name: str, args: Any) -> bool:
-        """A mask is counted before it selects, unless one number is put (that is masked_fill); a CPU index is copied."""
-        indices = [i for i in args[1] if i is not None]
-        masked = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
-        fills = "put" in name and args[2].numel() == 1
-        return (masked and not fills) or not all(map(marked, indices))
 
     @contextmanager
     def _numbers_of_the_device(self) -> Iterator[None]:
