@@ -10,6 +10,7 @@ Only the names below are promised.
 """
 
 from .activations import Activation, Activations, MaxMin, activation_module, activation_of
+from .arguments import count, number
 from .attack import apgd, attack, empirical_lipschitz, pgd
 from .bounds import LipschitzBound, lipschitz_bound
 from .certify import Certifier, certified_radii, certify
@@ -25,10 +26,12 @@ from .errors import (
     CheckpointError,
     DataError,
     EquivalenceError,
+    InsufficientMemoryError,
     InvalidParameterError,
     LipconvertError,
     MissingOptionError,
     ModelError,
+    ModifiedModuleError,
     NoCertificateError,
     NotConvergedError,
     NotFiniteError,
@@ -44,6 +47,7 @@ from .finetune import finetune, train
 from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operator
 from .hookspecs import PluginInfo, hookimpl
 from .hub import from_hub, push_to_hub
+from .integrity import computes_as
 from .interchange import explicit, export_vnnlib, write_vnnlib
 from .lben import LBEN
 from .network import Network
@@ -66,13 +70,13 @@ from .spectrum import (
     conv2d_adjoint,
     conv2d_same,
     linear_solve,
+    pixel_unshuffle,
     psd_factor,
     psd_sqrt,
     spectral_norm,
     strided_weight,
 )
 from .state_map import StateMap
-from .trace import computes_as
 from .validate import validate
 from .verify import verify
 from .weights import from_state_dict, read_weights
@@ -94,6 +98,7 @@ __all__ = [
     "FirstFeatures",
     "Grid",
     "H_matrix",
+    "InsufficientMemoryError",
     "InvalidParameterError",
     "LipconvertError",
     "LipschitzBound",
@@ -102,6 +107,7 @@ __all__ = [
     "MeanPool",
     "MissingOptionError",
     "ModelError",
+    "ModifiedModuleError",
     "Network",
     "NoCertificateError",
     "Normalize",
@@ -146,6 +152,7 @@ __all__ = [
     "conv2d_adjoint",
     "conv2d_same",
     "convert",
+    "count",
     "dense_operator",
     "densify",
     "elementwise",
@@ -164,7 +171,9 @@ __all__ = [
     "lipschitz_bound",
     "load",
     "max_min",
+    "number",
     "pgd",
+    "pixel_unshuffle",
     "plugins",
     "prove_constant",
     "prove_gains",

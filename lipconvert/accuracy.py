@@ -25,12 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import isolated, require_no_autocast
 from .bounds import Bounds
 from .dae import DAE
 from .equilibrium import TOLERANCE, SolverOptions, solve
-from .errors import InvalidParameterError, NoCertificateError
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .errors import NoCertificateError
+from .glue import FirstFeatures, Normalize, PadChannels, core_lipschitz, pair
 from .lben import LBEN
+from .network import passed
 from .proofs import Enclosure, prove_gains
 from .rounding import SLACK, gamma, nonnegative_norm, norm_bound, operations, transform_growth, unit_roundoff
 from .spectrum import Grid
@@ -103,9 +105,9 @@ class Road:
 
     ``T`` (n, n), ``U`` (n, p), ``G`` (q, n), with frequencies first on a grid: sizes of the operators in them; ``counts``: k
     for which γ_k covers the sums of σ's argument (n,) and of the output (q,). ``blurs``: entrywise bounds of what the
-    operators that run are off those of `LBEN.running`. ``skipped``: ‖W − T‖. ``eta``: relative error of one transform.
-    ``tolerance`` of a loop, 0 without one. ``absolute``: of σ, in l2. ``pixels``: sums are over taps, pixel by pixel; T, U
-    and G then are Σ_taps |K|, the same at all frequencies.
+    operators that run are off those of the exact network (`Accuracy.dae`). ``skipped``: ‖W − T‖. ``eta``: relative error of
+    one transform. ``tolerance`` of a loop, 0 without one. ``absolute``: of σ, in l2. ``pixels``: sums are over taps, pixel by
+    pixel; T, U and G then are Σ_taps |K|, the same at all frequencies.
     """
 
     T: Tensor
@@ -173,6 +175,7 @@ class Accuracy:
     Raises `NoCertificateError` where no metric makes a stage's I − W strongly monotone with proof.
     """
 
+    @isolated
     def __init__(self, bounds: Bounds) -> None:
         self.net = net = bounds.net
         self._bounds = bounds
@@ -181,6 +184,12 @@ class Accuracy:
         for k, (step, stage) in enumerate(zip(net.steps, bounds.stages, strict=True)):
             if isinstance(step, LBEN) and stage.proved is not None:
                 self._constants[k] = stage.proved
+            if not isinstance(step, LBEN) and core_lipschitz(step) is None and net.glue_rounding[k] is None:
+                raise NoCertificateError(
+                    f"step {k}, {type(step).__name__}",
+                    "what rounding does in it is not known, as it is a plugin's glue: x -> (x + 4096) - 4096 has constant 1 "
+                    "and loses digits that a margin may need. A plugin says it with the hook glue_rounding",
+                )
             if not 1e-20 < self._constants[k] < 1e20:
                 reason = f"its constant is {self._constants[k]:g}: what overflows or vanishes on the way is not bounded"
                 raise NoCertificateError(stage.name, f"{reason}. Usual cause: a std of Normalize far from 1")
@@ -265,7 +274,7 @@ class Accuracy:
         states, outputs = (kappa[0] + eta * (1.0 + kappa[0])) * SLACK, kappa[1]
         row = states.unsqueeze(-1)
         T, U, G = (
-            k * M + blur
+            k * (M + blur) + blur
             for k, M, blur in zip((row, row, outputs.unsqueeze(-1)), (road.T, road.U, road.G), road.blurs, strict=True)
         )
         growth = []
@@ -311,6 +320,7 @@ class Accuracy:
             growth=growth,
         )
 
+    @isolated
     def evaluate(self, x: Tensor, *, double: bool = False) -> Evaluation:
         """Run the network on a batch in its own floats, with bounds of its errors; no gradient.
 
@@ -320,10 +330,7 @@ class Accuracy:
         """
         net = self.net
         self.require_unchanged()
-        if torch.is_autocast_enabled(net.device.type):
-            raise InvalidParameterError(
-                "autocast", "enabled", "a certificate is about one dtype; leave the autocast block"
-            )
+        require_no_autocast(net.device)
         with torch.no_grad():
             x = net.checked(x)
             if double:
@@ -331,14 +338,19 @@ class Accuracy:
             sums = {k: self._sums_of(k, double) for k in self._stages}
             return self._walk(x, sums, unit_roundoff(x.dtype, x.device), torch.finfo(x.dtype).tiny, double)
 
-    def everywhere(self, roads: Mapping[int, Road]) -> tuple[Tensor, Tensor | None]:
-        """(error (2,), pair_error (m, 2)) at any input x, affine in ‖x‖, of the network run by other roads in its dtype.
+    def dae(self, k: int) -> DAE:
+        """The exact stage at step k: its W, U, G and biases in float64, which errors are measured from."""
+        return self._stages[k].dae
+
+    @isolated
+    def everywhere(self, roads: Mapping[int, Road], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(error (2,), pair_error (m, 2)) at any input x, affine in ‖x‖, of the network run by other roads in a dtype.
 
         The bounds at 0 and around it. ``roads``: of every stage, by the number of its step. Where a road rounds less than
         lipconvert's own evaluation in float64 does, it counts as rounding as much: that is how the states at 0 are found.
         """
         self.require_unchanged()
-        u = unit_roundoff(self.net.dtype)
+        u, tiny = unit_roundoff(dtype), torch.finfo(dtype).tiny
         cpu = torch.device("cpu")
         sums = {}
         for k, road in roads.items():
@@ -351,10 +363,10 @@ class Accuracy:
                 tolerance=max(road.tolerance, loop),
                 skipped=max(road.skipped, 0.0 if loop else stage.map.remainder),
             )
-            sums[k] = self._rounding(stage, worst, u, cpu, torch.finfo(self.net.dtype).tiny)
+            sums[k] = self._rounding(stage, worst, u, cpu, tiny)
         with torch.no_grad():
             zero = torch.zeros(1, *self.net.input_shape, dtype=torch.float64)
-            found = self._walk(zero, sums, u, torch.finfo(self.net.dtype).tiny, double=True)
+            found = self._walk(zero, sums, u, tiny, double=True)
         return found.error[0], None if found.pair_error is None else found.pair_error[0]
 
     def _walk(self, x: Tensor, all_sums: Mapping[int, _Sums], u: float, tiny: float, double: bool) -> Evaluation:
@@ -381,8 +393,8 @@ class Accuracy:
                     pairs = (local_pairs + carried) * SLACK
             else:
                 step = copy.deepcopy(step).cpu().double() if double else step
-                y = step(x)
-                local = self._glue(step, L, x, largest, u, tiny)
+                y = passed(step, x)
+                local = self._glue(step, L, net.glue_rounding[k], x, largest, u, tiny)
                 if pairs is not None:
                     behind = math.prod(self._constants[k + 1 :])
                     pairs = pairs + 2.0**0.5 * behind * local.unsqueeze(1)
@@ -469,11 +481,25 @@ class Accuracy:
             return terms @ both.mT * SLACK
         return torch.einsum("bqf,f,mfq->bm", terms, grid.weights(terms), both) * SLACK
 
-    def _glue(self, step: nn.Module, L: float, x: Tensor, largest: Tensor, u: float, tiny: float) -> Tensor:
-        """The rounding of glue, (B, 2); ``tiny``: the smallest normal number, below which digits are lost."""
+    def _glue(
+        self,
+        step: nn.Module,
+        L: float,
+        given: tuple[float, float] | None,
+        x: Tensor,
+        largest: Tensor,
+        u: float,
+        tiny: float,
+    ) -> Tensor:
+        """The rounding of glue, (B, 2). ``given``: (a, b) of a plugin's glue, u(a + b‖x‖). ``tiny``: the smallest normal
+        number, below which digits are lost."""
         if type(step) in EXACT:
             return torch.zeros_like(largest)
         numel = math.prod(x.shape[1:])
+        if given is not None:
+            a, b = given
+            u = max(u, unit_roundoff(x.dtype, x.device, convolutions=True))  # there may be some in it
+            return _plus(u * b * largest * SLACK, u * a * SLACK + numel**0.5 * tiny)
         jump = 0.0
         if isinstance(step, Normalize):
             count, constant = 4, float(step.mean.double().abs().max()) * numel**0.5
@@ -484,10 +510,7 @@ class Accuracy:
             if isinstance(step, nn.Softplus):  # torch's jumps where it becomes linear
                 jump = math.exp(-step.threshold) / step.beta * numel**0.5 * SLACK
         else:
-            # windows, or a third party's own: sums of no more terms than there are entries
-            count = 8 + (_window(step) if type(step) in (MeanPool, nn.AvgPool2d) else numel)
-            zero = step(x.new_zeros(1, *x.shape[1:]))
-            constant = float(_norm(zero)) / L
+            count, constant = 8 + _window(step), 0.0
         rounded = gamma(count, u) * L * _plus(largest, constant) * SLACK
         return _plus(rounded, jump + count * numel**0.5 * tiny)
 
@@ -529,8 +552,7 @@ def _collapsed(grid: Grid, sizes: Tensor) -> Tensor:
 
 def _window(pool: Any) -> int:
     """Pixels that are added up."""
-    size = pool.kernel_size
-    return math.prod(size) if isinstance(size, tuple) else size**2
+    return math.prod(pair(pool.kernel_size))
 
 
 def _rows_norm(grid: Grid, rows: Tensor) -> Tensor:

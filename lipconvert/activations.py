@@ -10,15 +10,19 @@ so α = 1 gives σ itself.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .arguments import number
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
+from .integrity import recorded
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,9 @@ class Activation:
         if self.name not in _TABLE:
             raise UnsupportedActivationError("", self.name, f"known names are {', '.join(sorted(_TABLE))}.")
         low, high = _TABLE[self.name].valid
-        if not low <= self.parameter <= high:
-            raise InvalidParameterError(
-                f"the parameter of activation {self.name}",
-                self.parameter,
-                f"slopes stay in [0, 1] only for values in [{low:g}, {high:g}]",
-            )
+        requirement = f"slopes stay in [0, 1] only for values in [{low:g}, {high:g}]"
+        where = f"the parameter of activation {self.name}"
+        object.__setattr__(self, "parameter", number(self.parameter, where, requirement, least=low, most=high))
 
     @classmethod
     def parse(cls, text: str) -> Activation:
@@ -95,6 +96,11 @@ class Activation:
             if bool((step <= 4.0 * torch.finfo(v.dtype).eps * (1.0 + t.abs())).all()):
                 break
         return self(t)
+
+
+def _is_number(value: object) -> TypeGuard[float | int]:
+    """Not a truth value, tensor or string, which a comparison may take for one."""
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,9 @@ _TABLE: dict[str, _Rule] = {
 }
 
 
+# exp of it is finite in float32.
+MOST_THRESHOLD = 88.0
+
 _MODULES: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -160,6 +169,13 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Softplus: "softplus",
 }
 _PARAMETERS = {nn.LeakyReLU: "negative_slope", nn.ELU: "alpha", nn.Softplus: "beta"}
+# The least and greatest value of attributes that are no parameter here. Softplus becomes linear beyond its threshold, with a
+# step of exp(−threshold)/beta; beyond 88, exp overflows in float32 before it does.
+_FIXED: dict[type[nn.Module], dict[str, tuple[float, float]]] = {
+    nn.ReLU6: {"min_val": (0.0, 0.0), "max_val": (6.0, 6.0)},
+    nn.Hardtanh: {"min_val": (-1.0, -1.0), "max_val": (1.0, 1.0)},
+    nn.Softplus: {"threshold": (20.0, MOST_THRESHOLD)},
+}
 _REFUSED = {
     "GELU": "its slope is negative below -0.75 and above 1 beyond 0.84.",
     "SiLU": "its slope leaves [0, 1].",
@@ -176,6 +192,7 @@ _REFUSED = {
 }
 
 
+@recorded()
 class MaxMin(nn.Module):
     """(a, b) ↦ (max(a, b), min(a, b)) on the halves of the channels, (B, c, ...) → (B, c, ...), c even; 1-Lipschitz.
 
@@ -201,6 +218,8 @@ def activation_of(module: nn.Module | str | Activation, path: str = "") -> Activ
     Raises `UnsupportedActivationError` for anything that is not elementwise with slope in [0, 1]: GELU and SiLU have
     negative slopes, |x| has slope −1, MaxMin and GroupSort mix coordinates, PReLU's slope is free.
 
+    A parameter is a Python number: NaN, tensors and truth values are refused, and so is a ReLU6 or Hardtanh of another range.
+
     torch's Softplus switches to v beyond its threshold (a step of exp(−threshold)/beta, 2e-9 by default); ours does not.
     """
     if isinstance(module, Activation):
@@ -210,18 +229,28 @@ def activation_of(module: nn.Module | str | Activation, path: str = "") -> Activ
     kind = type(module)
     if kind not in _MODULES:
         raise UnsupportedActivationError(path, kind.__name__, _REFUSED.get(kind.__name__, "it is not in the table."))
-    if isinstance(module, nn.Hardtanh) and kind is nn.Hardtanh and (module.min_val, module.max_val) != (-1.0, 1.0):
-        raise UnsupportedActivationError(
-            path, "Hardtanh", f"its range is [{module.min_val}, {module.max_val}], not [-1, 1]."
-        )
-    if isinstance(module, nn.Softplus) and module.threshold < 20.0:
-        reason = f"its threshold {module.threshold} makes it jump; 20 or more is needed."
-        raise UnsupportedActivationError(path, "Softplus", reason)
-    value = float(getattr(module, _PARAMETERS[kind])) if kind in _PARAMETERS else 0.0
+    parameter = _PARAMETERS.get(kind)
+    for name in (*_FIXED.get(kind, ()), *((parameter,) if parameter else ())):
+        value, (low, high) = getattr(module, name), _FIXED.get(kind, {}).get(name, (-math.inf, math.inf))
+        if not _is_number(value):
+            reason = f"its {name} is {value!r} ({type(value).__name__}), not a Python number."
+            raise UnsupportedActivationError(path, kind.__name__, reason)
+        if not low <= value <= high and name != parameter:
+            wanted = f"{low:g}" if low == high else f"within [{low:g}, {high:g}]"
+            raise UnsupportedActivationError(path, kind.__name__, f"its {name} is {value!r}, and must be {wanted}.")
+    value = getattr(module, parameter) if parameter else 0.0
     try:
         return Activation(_MODULES[kind], value)
     except InvalidParameterError as error:
-        raise UnsupportedActivationError(path, f"{kind.__name__}({value:g})", str(error)) from error
+        raise UnsupportedActivationError(path, f"{kind.__name__}({value!r})", str(error)) from error
+
+
+def without_writing(module: nn.Module) -> nn.Module:
+    """An activation that leaves its input as it is: the module itself, or a copy of one in place."""
+    if getattr(module, "inplace", False):
+        module = copy.copy(module)
+        module.inplace = False  # type: ignore[assignment]
+    return module
 
 
 def activation_module(activation: Activation | str) -> nn.Module:

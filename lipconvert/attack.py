@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .accuracy import Accuracy
+from .arguments import count, isolated, number, plain_tensor, radii_of
 from .bounds import Bounds
 from .errors import InvalidParameterError, ShapeError
+from .integrity import require_own
 from .network import Network
 from .rounding import SLACK, gamma
-from .spectrum import require_finite
+from .spectrum import require_finite_samples
 
 METHODS = ("pgd", "apgd", "ensemble")
 # Below, the toolbox's Square attack has tiles without pixels.
@@ -36,6 +38,7 @@ ROUNDS = 3
 MOST_RIVALS = 9
 
 
+@isolated
 def pgd(
     net: Network,
     x: Tensor,
@@ -64,13 +67,15 @@ def pgd(
     `lipconvert.certify` counts, and leaves the batch. ‖x′ − x‖₂ ≤ radius holds exactly. A random start depends on ``seed``
     and on the sample's place in the data, ``first`` + its row: the result is that of any other batch, to round-off.
 
-    Raises `InvalidParameterError`, `ShapeError` and `NotFiniteError` for arguments that do not fit; `NotConvergedError`, even
+    Raises `InvalidParameterError`, `ShapeError` and `NotFiniteError` for arguments that do not fit; `ModifiedModuleError` for
+    hooks and other ways in which the network is not what its class says (`lipconvert.integrity`); `NotConvergedError`, even
     if the stages' options say not to throw: where the equilibrium is not known, a sample is neither right nor broken.
     """
     _require_counts(steps=steps, restarts=restarts)
     return _attacked(_PGD(steps), net, x, labels, radius, restarts, loss, box, seed, first)
 
 
+@isolated
 def apgd(
     net: Network,
     x: Tensor,
@@ -95,6 +100,7 @@ def apgd(
     return _attacked(_APGD(steps), net, x, labels, radius, restarts, loss, box, seed, first)
 
 
+@isolated
 def attack(
     net: Network,
     x: Tensor,
@@ -122,8 +128,7 @@ def attack(
     """
     if method not in METHODS:
         raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(METHODS)}")
-    if isinstance(radii, str) or not isinstance(radii, Sequence) or not radii:
-        raise InvalidParameterError("radii", repr(radii), "it must be a list of at least one number")
+    radii = radii_of(radii)
     _require_counts(steps=steps, restarts=restarts)
     toolbox = _toolbox() if method == "ensemble" else None
     ascent = _PGD(steps) if method == "pgd" else _APGD(steps)
@@ -150,10 +155,12 @@ def attack(
                 still = _margin(_logits(net, found), labels[rows]) <= 0
                 rows, found = rows[still], found[still]
                 withstood[rows] = smaller
-    place = torch.tensor([sorted(radii).index(radius) for radius in radii], device=withstood.device)
+    order = sorted(radii)
+    place = torch.tensor([order.index(radius) for radius in radii], device=withstood.device)
     return withstood > place.unsqueeze(-1)
 
 
+@isolated
 def empirical_lipschitz(
     net: Network,
     x: Tensor,
@@ -186,6 +193,7 @@ def empirical_lipschitz(
     `NoCertificateError` where no e is proved.
     """
     _require_counts(steps=steps)
+    x = _network(net).checked(x)
     if not len(x):
         raise InvalidParameterError("x", "empty", "at least one sample is needed to start from")
     with _frozen(net):
@@ -229,7 +237,8 @@ def empirical_lipschitz(
 @contextmanager
 def _frozen(net: Network) -> Iterator[None]:
     """Inside, parameters take no gradient and unconverged solves raise; afterwards the network is as it was."""
-    trained = [p for p in _network(net).parameters() if p.requires_grad]
+    require_own(_network(net))
+    trained = [p for p in net.parameters() if p.requires_grad]
     options = [stage.options for stage in net.stages]
     try:
         for parameter in trained:
@@ -308,7 +317,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _gaussian(index: Tensor, size: int, key: tuple[int, ...]) -> Tensor:
     """Standard normal rows (B, size), float64, each drawn from the key and its sample's place in the data alone."""
-    rows = [np.random.default_rng((*key, i)).standard_normal(size) for i in index.tolist()]
+    rows = [np.random.default_rng((*map(int, key), i)).standard_normal(size) for i in index.tolist()]
     return torch.from_numpy(np.array(rows).reshape(-1, size))
 
 
@@ -321,26 +330,31 @@ def _network(net: Network) -> Network:
 
 
 def _require_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise InvalidParameterError(name, count, "at least one is needed")
+    for name, given in counts.items():
+        count(given, name, "at least one is needed, a whole number")
 
 
 def _index(x: Tensor, seed: int, first: int) -> Tensor:
     """The places (B,) of the samples in the data, on the CPU."""
-    for name, value in (("seed", seed), ("first", first)):
-        if value < 0:
-            raise InvalidParameterError(name, value, "it must not be negative")
+    _, first = (
+        count(value, name, "it must be a whole number, not negative", least=0)
+        for name, value in (("seed", seed), ("first", first))
+    )
     return torch.arange(first, first + len(x))
 
 
 def _ball(net: Network, x: Tensor, radius: float | Tensor, box: tuple[float, float] | None) -> tuple[_Ball, Tensor]:
     """The ball around x, and the logits at x; the network itself says whether x fits."""
-    require_finite(x, "x")
-    y = net(x.detach().to(net.device))
-    x = x.detach().to(net.device, net.dtype).flatten(1).clone()
+    x = net.checked(x).detach().to(net.device)
+    require_finite_samples(x, "x")
+    y = net(x)
+    x = x.flatten(1).clone()
     if box is not None:
-        low, high = torch.tensor(box, dtype=x.dtype).tolist()  # rounded as x is
+        requirement = "it must be two numbers, the least and the largest entry"
+        if not isinstance(box, tuple | list) or len(box) != 2:
+            raise InvalidParameterError("box", repr(box), requirement)
+        numbers = [number(end, "an end of box", requirement, finite=False) for end in box]
+        low, high = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(x.dtype).tolist()  # rounded as x is
         if not low < high:
             raise InvalidParameterError("box", box, "its least entry must be below its largest")
         if x.numel() and not low <= float(x.min()) <= float(x.max()) <= high:
@@ -351,9 +365,14 @@ def _ball(net: Network, x: Tensor, radius: float | Tensor, box: tuple[float, flo
 
 def _radius(radius: float | Tensor, x: Tensor) -> Tensor:
     """(B,), float64."""
-    if not isinstance(radius, Tensor | float | int):
-        raise InvalidParameterError("radius", repr(radius), "it must be a number, or a tensor of one for each sample")
-    r = torch.as_tensor(radius, dtype=torch.float64, device=x.device).detach()
+    if isinstance(radius, Tensor | np.ndarray) and radius.ndim:
+        r = plain_tensor(radius, "radius").detach()
+        if r.is_complex() or r.dtype == torch.bool:
+            raise InvalidParameterError("the dtype of radius", r.dtype, "it must be real numbers")
+        r = r.to(x.device, torch.float64)
+    else:
+        requirement = "it must be a number, finite and not negative, or a tensor of one for each sample"
+        r = torch.tensor(number(radius, "radius", requirement, least=0.0), dtype=torch.float64, device=x.device)
     if r.shape not in ((), x.shape[:1]):
         raise ShapeError("radius", f"one number or ({len(x)},)", tuple(r.shape))
     bad = r[~(torch.isfinite(r) & (r >= 0))]
@@ -366,12 +385,11 @@ def class_labels(labels: Tensor, y: Tensor) -> Tensor:
     """Labels (B,) of logits y (B, at least 2) as int64, on their device; `ShapeError`, `InvalidParameterError` for others."""
     if y.dim() != 2 or y.shape[1] < 2:
         raise ShapeError("the logits", "(B, at least 2)", tuple(y.shape))
-    if not isinstance(labels, Tensor):
-        raise InvalidParameterError("labels", type(labels).__name__, "they must be a tensor of integers")
+    labels = plain_tensor(labels, "labels")
     if labels.shape != y.shape[:1]:
         raise ShapeError("labels", (len(y),), tuple(labels.shape))
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InvalidParameterError("the dtype of the labels", labels.dtype, "labels must be integers")
+        raise InvalidParameterError("the dtype of the labels", labels.dtype, "labels must be integers: labels.long()")
     labels = labels.to(y.device).long()
     wrong = labels[(labels < 0) | (labels >= y.shape[1])]
     if len(wrong):

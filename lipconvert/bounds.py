@@ -21,17 +21,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .activations import MaxMin, is_activation
+from .arguments import isolated, number
 from .compose import MOST_DENSE
 from .conditions import cascade, starts_linear, strict_weights
 from .dae import DAE
 from .errors import InvalidParameterError, NoCertificateError
 from .glue import KNOWN, PadChannels
+from .integrity import frozen, require_own, same, settings
 from .lben import LBEN
 from .network import Network
 from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
@@ -168,8 +169,9 @@ class Bounds:
     Raises `NoCertificateError` where a stage has no proof at all: the message names the stage and says why.
     """
 
+    @isolated
     def __init__(self, net: Network) -> None:
-        self.net = net
+        self.net, self.dtype = net, net.dtype
         self.stages: list[StageProof] = []
         self.monotone: list[list[tuple[Tensor, float]]] = []  # of each LBEN: metrics P with their proved μ, 0 without
         self._chain: list[Segment | tuple[str, float]] = []
@@ -184,15 +186,10 @@ class Bounds:
 
     def require_unchanged(self) -> None:
         """Raises `NoCertificateError` where the network is no longer the one that was proved."""
+        require_own(self.net)
         before, now = self._state, _state(self.net)
         for name in before.keys() | now.keys():
-            a, b = before.get(name), now.get(name)
-            same = (
-                a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-                if isinstance(a, Tensor) and isinstance(b, Tensor)
-                else type(a) is type(b) and a == b
-            )
-            if not same:
+            if name not in before or name not in now or not same(before[name], now[name]):
                 reason = (
                     "it has changed since its constants were proved (trained, cast, moved or set). Make a new Certifier"
                 )
@@ -200,9 +197,10 @@ class Bounds:
 
     def _read(self) -> None:
         net = self.net
+        require_own(net)
         for stage in net.stages:
             stage.refresh()  # a few entries written through ``.data`` are not noticed: what is proved is what runs
-        self._state = copy.deepcopy(_state(net))
+        self._state = _state(net, copy=True)
         pending: list[tuple[nn.Module, tuple[int, ...], float]] = []  # glue not yet taken in or counted
         shape = net.input_shape
         for step, L in zip(net.steps, net.step_lipschitz, strict=True):
@@ -224,12 +222,7 @@ class Bounds:
 
     def _prove(self, stage: LBEN) -> Segment:
         dae = stage.running()
-        enclosure = Enclosure.of(dae)
-        if dae.grid:  # what runs and what the stored kernels mean exactly are both enclosed
-            radius_U, radius_G = (
-                dae.grid.matrices_error(K, M) for K, M in ((stage.U, enclosure.U), (stage.G, enclosure.G))
-            )
-            enclosure = replace(enclosure, radius_U=radius_U, radius_G=radius_G)
+        enclosure = Enclosure.of_stage(stage)
         proof = prove_constant(dae, enclosure)
         self.monotone.append([(P, prove_monotone(enclosure, P)) for P in metrics(dae)])
         mu = max(mu for _, mu in self.monotone[-1])
@@ -278,6 +271,7 @@ class Bounds:
         self._chain += [(repr(module), L) for module, _, L in pending]
         self._chain.append(segment)
 
+    @isolated
     def bound(
         self, method: str = "tightened", *, seconds: float | None = None, seen: Progress | None = None
     ) -> LipschitzBound:
@@ -288,8 +282,8 @@ class Bounds:
         """
         if method not in SEARCHES:
             raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(SEARCHES)}")
-        if seconds is not None and not (isinstance(seconds, float | int) and seconds > 0.0):
-            raise InvalidParameterError("seconds", repr(seconds), "it must be a positive number")
+        if seconds is not None:
+            seconds = number(seconds, "seconds", "it must be a positive number", above=0.0, finite=False)
         deadline = None if seconds is None else time.monotonic() + seconds
         for name in _up_to(method):
             if name not in self._found:
@@ -412,6 +406,7 @@ class Bounds:
         return segment.lipschitz**2 * squares * SLACK
 
 
+@isolated
 def lipschitz_bound(
     net: Network, method: str = "tightened", *, seconds: float | None = None, seen: Progress | None = None
 ) -> LipschitzBound:
@@ -443,10 +438,12 @@ def extremes(pairs: Tensor) -> tuple[float, float]:
     return float(off.min()), float(off.max())
 
 
-def _state(net: Network) -> dict[str, Any]:
-    """All that the network's outputs and constants depend on, but for how equilibria are solved."""
-    tensors = {name: v.detach() if isinstance(v, Tensor) else v for name, v in net.state_dict().items()}
-    return {**tensors, "glue_lipschitz": net.glue_lipschitz, "modules": repr(net)}
+def _state(net: Network, copy: bool = False) -> dict[str, object]:
+    """All that the network's outputs and constants depend on, but for how equilibria are solved; also W, U, G as they run."""
+    found = settings(net, copy=copy)
+    for k, stage in enumerate(net.stages):
+        found[f"the assembled matrices of stage {k}"] = frozen(stage.assembled(), copy)
+    return found
 
 
 def metrics(dae: DAE) -> list[Tensor]:
@@ -474,7 +471,7 @@ def output_shape(step: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one output of a step, from that of one input."""
     if isinstance(step, LBEN):
         return (len(step.b_y), *step.grid.image)
-    probe = next(iter(step.buffers()), torch.zeros(()))
+    probe = next(iter((*step.parameters(), *step.buffers())), torch.zeros((), dtype=torch.float32, device="cpu"))
     with torch.no_grad():
         return tuple(step(torch.zeros(1, *shape, dtype=probe.dtype, device=probe.device)).shape[1:])
 

@@ -21,16 +21,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .accuracy import FARTHEST, REACH, Accuracy
+from .arguments import inputs_of, isolated, plain_tensor, radii_of
 from .attack import attack as withstands
 from .attack import class_labels, empirical_lipschitz
 from .bounds import METHODS, Bounds, LipschitzBound, class_pairs, extremes
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .network import Network
+from .rounding import SLACK, unit_roundoff
 from .schema import AttackConfig, AttackResult, Method, MethodResult, RobustnessReport
 from .shards import fingerprint, over
 
@@ -59,6 +62,7 @@ class Certifier:
     nothing is proved (`Bounds`, `Accuracy`).
     """
 
+    @isolated
     def __init__(
         self, net: Network, method: str = "tightened", *, seconds: float | None = None, seen: Seen = _ignore
     ) -> None:
@@ -67,6 +71,7 @@ class Certifier:
             raise InvalidParameterError("net", type(net).__name__, hint)
         if method not in METHODS:
             raise InvalidParameterError("method", repr(method), f"it must be one of {', '.join(METHODS)}")
+        unit_roundoff(net.dtype, net.device)  # refuses what no radius can be proved for
         proved = Bounds(net)
         if proved.classes is None:
             hint = "Only a vector of logits, one for each class, can be certified: flatten the output, or read off features."
@@ -83,6 +88,7 @@ class Certifier:
         pair[i, j] = pair[j, i] = torch.arange(len(i))
         self._pair = pair
 
+    @isolated
     def __call__(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Per sample of a batch, on the CPU: ``radius`` (B, methods), −∞ where nothing is known, negative where
         nothing is certified; ``margin`` (B,) as evaluated; ``correct``, ``converged`` (B,) bool; ``error`` (B,):
@@ -90,7 +96,9 @@ class Certifier:
 
         ``x`` (B, *input_shape), ``labels`` (B,) integers. Raises `ShapeError` and `InvalidParameterError` for others.
         """
-        found = self.accuracy.evaluate(x.to(self.net.device))
+        given = inputs_of(x, "the input of the network").detach()
+        x = self.net.checked(given).to(self.net.device)
+        found = self.accuracy.evaluate(x)
         y = found.value.double().cpu()
         labels = class_labels(labels, y)
         running = self._errors(found.pair_error, found.error, labels)
@@ -115,7 +123,11 @@ class Certifier:
             radii.append(radius.scatter(1, own, math.inf).amin(1))
         radius = torch.stack(radii, dim=1)
         radius = radius - 2.0**-50 * radius.abs()
-        size = torch.linalg.vector_norm(x.detach().double().cpu().flatten(1), dim=1)
+        ran, given = x.double().cpu().flatten(1), given.double().cpu().flatten(1)
+        # the ball is around the caller's input, not around the float it was rounded to
+        rounded = torch.linalg.vector_norm(ran - given, dim=1) * SLACK
+        radius = radius - torch.where(rounded > 0, rounded, 0.0).unsqueeze(1) * SLACK
+        size = torch.linalg.vector_norm(ran, dim=1)
         radius = torch.minimum(radius, (REACH[self.net.dtype] - size).unsqueeze(1))
         others = y.scatter(1, own, -math.inf).amax(1)
         margin = y.gather(1, own).squeeze(1) - others
@@ -135,6 +147,7 @@ class Certifier:
         return pairs.cpu().gather(1, self._pair[labels].unsqueeze(-1).expand(-1, -1, 2))
 
 
+@isolated
 def certified_radii(net: Network, x: Tensor, labels: Tensor, method: str = "tightened") -> Tensor:
     """The radius (B,), float64, within which each sample of a batch is certified; ≤ 0 or −∞: at none.
 
@@ -143,6 +156,7 @@ def certified_radii(net: Network, x: Tensor, labels: Tensor, method: str = "tigh
     return Certifier(net, method)(x, labels)["radius"][:, -1]
 
 
+@isolated
 def certify(
     net: Network,
     data: Any,
@@ -174,13 +188,10 @@ def certify(
     Raises `InvalidParameterError` for a negative radius, an unknown method or an empty data set, `ShapeError` for inputs or
     labels that do not fit, `NoCertificateError` where a stage has no proof: it names the stage and says why.
     """
-    if isinstance(radii, str) or not isinstance(radii, Sequence):
-        raise InvalidParameterError("radii", repr(radii), "it must be a list of numbers")
-    if not radii or not all(isinstance(r, float | int) and 0.0 <= r < math.inf for r in radii):
-        raise InvalidParameterError("radii", list(radii), "at least one is needed, none of them negative or infinite")
+    radii = radii_of(radii)
     if attack is not None and not isinstance(attack, AttackConfig):
         raise InvalidParameterError("attack", repr(attack), "it must be an AttackConfig, as AttackConfig(method='pgd')")
-    thresholds = torch.tensor(sorted(float(r) for r in radii), dtype=torch.float64)
+    thresholds = torch.tensor(sorted(radii), dtype=torch.float64)
     first = _first(data, CLIMBERS)
     certifier = Certifier(net, method, seconds=seconds, seen=seen)
     seen("an empirical Lipschitz constant", 0, None)
@@ -215,7 +226,7 @@ def certify(
         return result
 
     key = {
-        "network": fingerprint(net, glue=list(net.glue_lipschitz)),
+        "network": fingerprint(net, glue=[*net.glue_lipschitz, *net.glue_rounding]),
         "dtype": str(net.dtype),
         "solver": [repr(stage.options) for stage in net.stages],
         "method": method,
@@ -241,6 +252,7 @@ def certify(
 
 def _met(certifier: Certifier, x: Tensor) -> float | None:
     """An empirical Lipschitz constant from the inputs that are numbers; None where their solves do not converge."""
+    x = certifier.net.checked(x)
     x = x[torch.isfinite(x).flatten(1).all(1)]
     if not len(x):
         return None
@@ -252,12 +264,13 @@ def _met(certifier: Certifier, x: Tensor) -> float | None:
 
 def _first(data: Any, count: int) -> Tensor:
     """The first inputs of a data set or loader, (B, ...)."""
+    samples: list[Any] = []
     if isinstance(data, DataLoader):
         with torch.random.fork_rng(devices=[]):
-            batch = next(iter(data), None)
-        samples = (
-            [] if batch is None else list(zip(*batch, strict=True)) if isinstance(batch, list | tuple) else [batch]
-        )
+            for batch in data:
+                samples = list(zip(*batch, strict=True)) if isinstance(batch, list | tuple) else [batch]
+                if samples:  # a batch may be of none
+                    break
     elif isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise InvalidParameterError("data", type(data).__name__, "it must be a map-style data set or a DataLoader")
     else:
@@ -265,11 +278,11 @@ def _first(data: Any, count: int) -> Tensor:
     if not samples:
         raise InvalidParameterError("data", "empty", "at least one sample is needed")
     for sample in samples:
-        if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], Tensor):
+        if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], Tensor | np.ndarray):
             raise InvalidParameterError(
                 "data", type(sample).__name__, "its samples must be pairs (input tensor, label)"
             )
-    inputs = [x for x, _ in islice(samples, count)]
+    inputs = [plain_tensor(x, "an input of the data") for x, _ in islice(samples, count)]
     for k, x in enumerate(inputs):
         if x.shape != inputs[0].shape:
             raise ShapeError(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import onnx.inliner
@@ -24,17 +24,19 @@ from onnx import StringStringEntryProto
 from torch import Tensor, nn
 
 from .activations import Activations, activation_module, activation_of, is_activation
+from .arguments import default_dtype, isolated
 from .bounds import class_pairs, extremes, metrics, output_shape
 from .certify import Certifier
-from .container import DATA, GRAPH, MANIFEST, Header, entry_of, read, recover, write_data, write_graph
+from .container import DATA, GRAPH, MANIFEST, Header, entry_of, finish, location_of, read, write_data, write_graph
 from .errors import CheckpointError, LipconvertError, NoCertificateError
 from .files import replaced, whole
 from .glue import KNOWN
+from .integrity import require_own
 from .lben import LBEN
 from .network import Network
 from .onnx_author import DTYPES
 from .onnx_graph import RADIUS, RESIDUAL, build
-from .onnx_plan import Plan, full_kernels, plan, road, stored_W
+from .onnx_plan import OUTWARDS, Plan, full_kernels, plan, road, stored_W
 from .proofs import Enclosure, Proof, prove_constant, prove_monotone
 from .schema import (
     FORMAT_VERSION,
@@ -46,15 +48,20 @@ from .schema import (
     StageCertificate,
     StageEntry,
 )
-from .spectrum import Grid
 
 # Values of one sample between steps: more than any network here has.
 MOST_VALUES = 10**9
+
+# Shares by which claims are weaker than what was proved here: sums are added up in another order elsewhere, a search ends a
+# little sooner. Error bounds consist of norms that are found in steps (`lipconvert.rounding.norm_bound`). Whoever verifies
+# them compares exactly.
+OUTWARDS_ERRORS = 2e-2
 
 # Tensors of a stage beside its parameters, and of the whole network.
 DERIVED, PAIRS, ERRORS = ("W", "multiplier", "metric"), "pairs", "errors"
 
 
+@isolated
 def save(
     net: Network,
     path: str | Path,
@@ -68,7 +75,8 @@ def save(
     """Write a network: ``net.onnx`` and ``net.safetensors`` beside it, or the latter alone.
 
     ``path``: with the suffix ``.onnx`` both are written, and what is read is the old pair or the new one, also after a kill;
-    with ``.safetensors`` only the data, without a graph. ``embed``: a single ``.onnx`` that holds its data. ``outputs``:
+    with ``.safetensors`` only the data, without a graph. Two that are saved to one path at a time are saved one after the
+    other. ``embed``: a single ``.onnx`` that holds its data. ``outputs``:
     what the graph returns beside the logits: ``"residual"``, the largest residual of the stages, (B,), and ``"radius"``, the
     certified radius of each sample, (B,). ``inline``: a graph without functions, for runtimes that have none. ``prove``:
     prove each stage's constant and well-posedness for the floats stored, and write the multipliers, so that `verify` only
@@ -77,7 +85,9 @@ def save(
 
     Raises `CheckpointError` for another suffix, a dtype that is not float32 or float64, glue that cannot be rebuilt from
     numbers, NaN, a number of class names that is not that of the outputs, a ``certifier`` of another network, and an
-    equilibrium that no graph solves; `NoCertificateError` where there is no radius, or the network has changed since.
+    equilibrium that no graph solves; `NoCertificateError` where there is no radius, or the network has changed since;
+    `ModifiedModuleError` where hooks and the like compute what no file would hold; `InvalidParameterError` where another
+    writer of the same files does not end; `OSError`.
     """
     target = Path(path)
     if target.suffix not in (GRAPH, DATA):
@@ -86,9 +96,12 @@ def save(
         raise CheckpointError(
             str(target), "net", f"a converted network is saved, not a {type(net).__name__}: convert it first"
         )
+    require_own(net)
     if net.dtype not in DTYPES:
         raise CheckpointError(str(target), "dtype", f"{net.dtype} is not written; only float32 and float64 are")
     with_graph = target.suffix == GRAPH
+    data = target.with_suffix(DATA)
+    location = location_of(data) if with_graph and not embed else ""
     if (embed or outputs or inline) and not with_graph:
         raise CheckpointError(
             str(target), "path", f"embed, outputs and inline are about a graph: the suffix must be {GRAPH}"
@@ -113,19 +126,19 @@ def save(
     manifest, tensors, plans = _described(net, str(target), with_graph, prove, certifier, RADIUS in outputs)
     if not with_graph:
         with whole(target) as partial:
+            finish(target.with_suffix(GRAPH))  # of which this would overwrite what a kill left of its data
             write_data(partial, tensors, manifest)
         return
     if embed:
         with whole(target) as partial:
             write_graph(partial, graph_of(net, plans, embedded(tensors), outputs, manifest, inline))
         return
-    data = target.with_suffix(DATA)
-    recover(target)
     # The graph is replaced first: from then on the pair is the new one, and `recover` finishes what a kill left undone.
     with replaced(target, data) as (partial_graph, partial_data):
+        finish(target)
         write_data(partial_data, tensors, manifest)
         places = Header.read(partial_data).places
-        held = external(tensors, data.name, places)
+        held = external(tensors, location, places)
         write_graph(partial_graph, graph_of(net, plans, held, outputs, manifest, inline))
 
 
@@ -140,30 +153,37 @@ def _described(
         if not bool(torch.isfinite(value).all()):
             reason = "it holds NaN or infinity: training has diverged, usually. Go back to an earlier state"
             raise CheckpointError(path, f"tensor {name!r}", reason)
+    Ws: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+    for k, step in enumerate(net.steps):
+        if isinstance(step, LBEN):
+            step.refresh()
+            Ws[k] = stored_W(step)
+    exact = exact_network(net, Ws)
     entries: list[StageEntry | GlueEntry] = []
     plans: dict[int, Plan] = {}
-    for k, step in enumerate(net.steps):
+    for k, (step, proper) in enumerate(zip(net.steps, exact.steps, strict=True)):
         if not isinstance(step, LBEN):
             entries.append(_glue_entry(step, path))
             continue
-        step.refresh()
-        W, origin = stored_W(step)
-        tensors[f"steps.{k}.W"] = W
+        assert isinstance(proper, LBEN)
+        tensors[f"steps.{k}.W"], origin = Ws[k]
         graph = certificate = None
         if with_graph:
-            plans[k] = chosen = plan(step, f"stage_{k}", W, origin)
+            plans[k] = chosen = plan(step, f"stage_{k}", *Ws[k])
             graph = chosen.how
-        if prove and (proved := _proved(step, W, origin)) is not None:
+        if prove and (proved := _proved(proper)) is not None:
             certificate, tensors[f"steps.{k}.multiplier"], tensors[f"steps.{k}.metric"] = proved
         entries.append(_stage_entry(step, origin, graph, certificate))
     bound = None
     if certifier is not None:
+        if not _same_operators(net, exact):  # on images W is rounded once more where it is stored
+            certifier = Certifier(exact, certifier.method)
         found = certifier.bounds[-1]
         assert found.pairs is not None  # a certifier has logits
-        tensors[PAIRS] = found.pairs.clone()
-        bound = LogitBound(method=certifier.method, lipschitz=found.lipschitz)
+        tensors[PAIRS] = _outwards(found.pairs)
+        bound = LogitBound(method=certifier.method, lipschitz=_outwards(found.lipschitz))
         if with_radius:
-            tensors[ERRORS] = errors_of(certifier, plans)
+            tensors[ERRORS] = _outwards(errors_of(certifier, plans), OUTWARDS_ERRORS)
     manifest = Manifest(
         versions=writers(),
         input_shape=list(net.input_shape),
@@ -175,15 +195,22 @@ def _described(
         provenance=net.provenance,
         training=net.training_summary,
     )
+    try:
+        manifest.model_dump_json()
+    except ValueError as error:  # of pydantic, where UTF-8 has no such character
+        reason = f"a name in it cannot be written ({error}): it has bytes or halves of characters that are no text"
+        raise CheckpointError(path, "manifest", reason) from error
     return manifest, tensors, plans
 
 
 def errors_of(certifier: Certifier, plans: Mapping[int, Plan]) -> Tensor:
     """(2, q, q): y_i − y_j of the graph is off by at most errors[0] + errors[1]·‖x‖ at any x, and errors[1]·r more within r.
 
-    Raises `NoCertificateError` where there is no finite bound.
+    Off the exact network that the certifier is about. Raises `NoCertificateError` where there is no finite bound.
     """
-    error, pair_error = certifier.accuracy.everywhere({k: road(chosen) for k, chosen in plans.items()})
+    accuracy = certifier.accuracy
+    dtype = next(iter(plans.values())).stage.b_z.dtype if plans else certifier.net.dtype
+    error, pair_error = accuracy.everywhere({k: road(chosen, accuracy.dae(k)) for k, chosen in plans.items()}, dtype)
     pairs = certifier.bounds[-1].pairs
     assert pairs is not None
     errors = (2.0**0.5 * error).reshape(2, 1, 1).expand(2, *pairs.shape).clone()
@@ -223,26 +250,49 @@ def writers() -> dict[str, str]:
     return dict(_writers())
 
 
-def enclosed(W: Tensor, origin: Sequence[int], U: Tensor, G: Tensor, grid: Grid) -> Enclosure:
-    """The W, U and G of a file exactly; kernels are enclosed together with their spectra."""
-    K_W, K_U, K_G = full_kernels(W.double(), origin, grid), U.double(), G.double()
-    if not grid:
-        return Enclosure(K_W, K_U, K_G)
-    W, U, G = (grid.matrices(K) for K in (K_W, K_U, K_G))
-    radii = (grid.matrices_error(K, M) for K, M in ((K_W, W), (K_U, U), (K_G, G)))
-    return Enclosure(W, U, G, grid, *radii)
+def exact_network(net: Network, Ws: Mapping[int, tuple[Tensor, Sequence[int]]]) -> Network:
+    """The network of the floats in a file, in float64 on the CPU: each stage has the W that is stored, and runs in a graph.
+
+    ``Ws``: of each stage, by the number of its step, W and the offset of its first tap (`stored_W`).
+    """
+    exact = copy.deepcopy(net).to("cpu", torch.float64).eval().requires_grad_(False)
+    for k, (W, origin) in Ws.items():
+        step = exact.steps[k]
+        assert isinstance(step, LBEN)
+        exact.steps[k] = step.with_W(full_kernels(W, origin, step.grid))
+    return exact
 
 
-def _proved(stage: LBEN, W: Tensor, origin: tuple[int, int]) -> tuple[StageCertificate, Tensor, Tensor] | None:
-    """(certificate, multiplier, metric) for the floats that are stored; None where (10) or (3) has no proof."""
-    dae = stage.running()
-    E = enclosed(W, origin, stage.U.detach().cpu(), stage.G.detach().cpu(), stage.grid)
+def _same_operators(net: Network, exact: Network) -> bool:
+    """Whether all stages run the very same W, U and G."""
+    both = zip((stage.running() for stage in net.stages), (stage.running() for stage in exact.stages), strict=True)
+    return all(
+        torch.equal(a.cpu(), b) for mine, its in both for a, b in zip(tuple(mine)[:3], tuple(its)[:3], strict=True)
+    )
+
+
+Bound = TypeVar("Bound", float, Tensor)
+
+
+def _outwards(proved: Bound, slack: float = OUTWARDS) -> Bound:
+    """Upper bounds a little above what was proved, which are what is claimed."""
+    return proved * (1.0 + slack)
+
+
+def _proved(stage: LBEN) -> tuple[StageCertificate, Tensor, Tensor] | None:
+    """(certificate, multiplier, metric) for a stage of `exact_network`; None where (10) or (3) has no proof."""
+    dae, E = stage.running(), Enclosure.of_stage(stage)
     proof = prove_constant(dae, E)
     if not isinstance(proof, Proof):
         return None
     for metric in reversed(metrics(dae)):  # Perron's, where there is one, has the most margin
         if (mu := prove_monotone(E, metric)) > 0.0:
-            certificate = StageCertificate(lipschitz=proof.lipschitz, delta=proof.delta, mu=mu, rounding=proof.rounding)
+            certificate = StageCertificate(
+                lipschitz=proof.lipschitz,
+                delta=proof.delta,
+                mu=mu * (1.0 - OUTWARDS),
+                rounding=_outwards(proof.rounding),
+            )
             return certificate, proof.Lambda.contiguous(), metric.clone()
     return None
 
@@ -272,6 +322,7 @@ def graph_of(
     return model
 
 
+@isolated
 def load(path: str | Path) -> Network:
     """Read a network written by `save`, from its graph and data, or from the data alone: the same tensors bit for bit.
 
@@ -281,6 +332,7 @@ def load(path: str | Path) -> Network:
     return network_of(stored.manifest, stored.tensors, str(path))
 
 
+@isolated
 def info(path: str | Path) -> NetworkInfo:
     """What there is to say about a checkpoint: its network, how it is written, what was proved. Raises `CheckpointError`."""
     stored = read(path)
@@ -313,7 +365,8 @@ def network_of(manifest: Manifest, tensors: Mapping[str, Tensor], name: str) -> 
             for derived in DERIVED:
                 parameters.pop(f"steps.{index}.{derived}", None)
         try:
-            steps.append(_stage(entry, dtype) if isinstance(entry, StageEntry) else _glue(entry))
+            with default_dtype(torch.float64):  # of numbers of glue, which are cast with the network
+                steps.append(_stage(entry, dtype) if isinstance(entry, StageEntry) else _glue(entry))
         except (LipconvertError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(name, f"manifest step {index}", str(error)) from error
     try:
@@ -357,10 +410,11 @@ def _require_shapes(net: Network, path: str) -> None:
             shape = (len(step.b_y), *step.grid.image)
             continue
         try:
-            like = next(iter(step.buffers()), torch.zeros(()))
-            shape = tuple(
-                copy.deepcopy(step).to("meta")(torch.zeros(1, *shape, dtype=like.dtype, device="meta")).shape[1:]
-            )
+            like = next(iter(step.buffers()), torch.zeros((), dtype=torch.float32, device="cpu"))
+            shape = tuple(copy.deepcopy(step).to("meta")(torch.zeros(2, *shape, dtype=like.dtype, device="meta")).shape)
+            if shape[:1] != (2,):
+                raise ValueError("it mixes the samples of a batch")
+            shape = shape[1:]
         except (LipconvertError, ArithmeticError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(path, where, f"it does not take inputs of {shape}: {error}") from error
         if math.prod(shape) > MOST_VALUES:

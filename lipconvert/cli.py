@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
+import io
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ import torch
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.table import box as frames
+from rich.text import Text
 from torch import Tensor, nn
+from typer.core import TyperGroup
 
 from . import checkpoint, container, data, demo, interchange, recipes
+from .arguments import radii_of
 from .attack import METHODS as ATTACKS
 from .attack import empirical_lipschitz
 from .bounds import lipschitz_bound
@@ -43,6 +46,7 @@ from .errors import (
     ModelError,
     WeightsError,
 )
+from .escaping import paragraph, printable
 from .factory import build
 from .files import whole
 from .finetune import CURVES, METRICS, REPORT, input_shape_of
@@ -67,14 +71,47 @@ from .schema import (
     StageProof,
     TrainingConfig,
     ValidationReport,
+    json_text,
 )
 from .shards import place, processes
 from .validate import validate as validate_network
 from .verify import verify as verify_checkpoint
 from .weights import from_state_dict, read_weights
 
+
+class _Commands(TyperGroup):
+    """The commands, on streams that take any text; errors of usage, which quote arguments, are fit for a terminal."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(
+                    errors="backslashreplace"
+                )  # ASCII has no √, and a name of undecodable bytes no UTF-8
+        with _printable_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_usage():
+            return super().invoke(ctx)
+
+
+# The base of all errors in how a command is called: typer has no name of its own for it.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        error.message = paragraph(error.message)
+        raise
+
+
 app = typer.Typer(
     name="lipconvert",
+    cls=_Commands,
     help="Bring any 1-Lipschitz or equilibrium network into one form (LBEN), keep its Lipschitz constant, certify it.",
     no_args_is_help=True,
     add_completion=False,
@@ -137,7 +174,7 @@ def _answers(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _exit(reason: object, code: int) -> typer.Exit:
-    typer.echo(f"error: {reason}", err=True)
+    typer.echo(f"error: {paragraph(str(reason))}", err=True)
     return typer.Exit(code)
 
 
@@ -148,7 +185,25 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(json_text(document, indent=2))
+
+
+def _say(console: Console, *lines: str, style: str = "") -> None:
+    """Text as it is, each line of it on one of its own however long it is: nothing is markup, and nothing moves a cursor."""
+    for line in lines:
+        console.print(Text(printable(line), style), soft_wrap=True)
+
+
+def _row(table: Table, *cells: str) -> None:
+    """A row of cells of such text."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
+class _Description(TextColumn):
+    """What a bar is about, in which names of folders and plugins stand."""
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(task.description))
 
 
 @contextmanager
@@ -156,8 +211,8 @@ def _progress(*, quiet: bool = False) -> Iterator[Progress]:
     """Bars on stderr; nothing where stderr is no terminal."""
     console = _console(stderr=True)
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
+        SpinnerColumn("line" if console.options.ascii_only else "dots"),
+        _Description(""),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -328,13 +383,14 @@ def _step_table(info: NetworkInfo) -> Table:
         left = heading in ("step", "activations")
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for step in info.steps:
-        table.add_row(
-            escape(step.name),
+        _row(
+            table,
+            step.name,
             *(
                 "" if size is None else "x".join(map(str, (size, *step.image)))
                 for size in (step.inputs, step.states, step.outputs)
             ),
-            escape(step.activations) if step.kind == "lben" else "(kept as it is)",
+            step.activations if step.kind == "lben" else "(kept as it is)",
             "" if step.epsilon is None else f"{step.epsilon:g}",
             f"{step.lipschitz:.7g}",
             str(step.parameters),
@@ -345,10 +401,7 @@ def _step_table(info: NetworkInfo) -> Table:
 def _print_network(console: Console, info: NetworkInfo) -> None:
     console.print(_step_table(info))
     shape = ", ".join(map(str, info.input_shape))
-    console.print(
-        escape(f"L = {info.lipschitz:.7g}, input ({shape}), {info.parameters} parameters in {info.dtype}"),
-        soft_wrap=True,
-    )
+    _say(console, f"L = {info.lipschitz:.7g}, input ({shape}), {info.parameters} parameters in {info.dtype}")
 
 
 def _print_validation(console: Console, report: ValidationReport) -> None:
@@ -357,9 +410,10 @@ def _print_validation(console: Console, report: ValidationReport) -> None:
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     table.add_column("")
     for check in report.checks:
-        table.add_row(
-            escape(check.name),
-            escape(check.where),
+        _row(
+            table,
+            check.name,
+            check.where,
             "not finite" if check.value is None else f"{check.value:.3e}",
             check.relation,
             f"{check.bound:.7g}",
@@ -367,10 +421,10 @@ def _print_validation(console: Console, report: ValidationReport) -> None:
         )
     console.print(table)
     verdict = "passed" if report.passed else "FAILED"
-    console.print(
-        escape(f"validation {verdict}: {report.model}, {report.samples} samples, {report.dtype}, solver ")
-        + escape(", ".join(report.methods) or "none"),
-        soft_wrap=True,
+    methods = ", ".join(report.methods) or "none"
+    _say(
+        console,
+        f"validation {verdict}: {report.model}, {report.samples} samples, {report.dtype}, solver {methods}",
     )
 
 
@@ -428,12 +482,12 @@ def plugins(as_json: JsonOption = False) -> None:
                 record.covers,
                 record.paper,
             )
-            table.add_row(*map(escape, cells))
+            _row(table, *cells)
     console.print(table)
     for record in records:
         if record.error is not None:
             source = f"{record.distribution} {record.version}".strip()
-            console.print(escape(f"not loaded: {record.name} ({source}): {record.error}"), soft_wrap=True)
+            _say(console, f"not loaded: {record.name} ({source}): {record.error}")
 
 
 @app.command()
@@ -468,7 +522,7 @@ def convert(
         _print_validation(console, report)
     _require_passed(report)
     if not as_json:
-        typer.echo(f"wrote {out}")
+        _say(_console(), f"wrote {out}")
 
 
 @app.command()
@@ -542,7 +596,7 @@ def certify(
     asked: _Conversion,
 ) -> None:
     """Natural and certified accuracy on a data set, proved for the floats that run. Under torchrun on several processes."""
-    wanted = _numbers(radii, "--radii", _fraction)
+    wanted = radii_of(_numbers(radii, "--radii", _fraction))
     config = _attack(attack, steps, restarts, box, attack_samples)
     if report_file is not None:
         require_page(report_file)  # before hours are spent
@@ -601,16 +655,18 @@ def tighten(
         _print_json(report.model_dump(mode="json"))
         return
     console = _console()
-    console.print(
+    _say(
+        console,
         f"L prescribed {report.prescribed:.7g}, proved {report.lipschitz:.7g} ({report.method}), "
-        f"met by a search: {report.empirical:.7g}"
+        f"met by a search: {report.empirical:.7g}",
     )
     if report.pairs:
         constants = [pair.lipschitz for pair in report.pairs]
         least, mean, most = min(constants), sum(constants) / len(constants), max(constants)
-        console.print(
+        _say(
+            console,
             f"differences of two logits: {least:.6g} to {most:.6g}, mean {mean:.6g}; "
-            f"√2·L prescribed: {2**0.5 * report.prescribed:.6g}"
+            f"√2·L prescribed: {2**0.5 * report.prescribed:.6g}",
         )
     _print_stages(console, report.stages)
 
@@ -679,13 +735,10 @@ def _network(model: str, weights: Path | None, option: Sequence[str] | None, ask
 
 
 def _print_robustness(console: Console, report: RobustnessReport) -> None:
-    console.print(escape(f"{report.data}: {report.samples} samples, {report.dtype}"), soft_wrap=True)
+    _say(console, f"{report.data}: {report.samples} samples, {report.dtype}")
     empirical = "" if report.empirical_lipschitz is None else f", met by a search: {report.empirical_lipschitz:.7g}"
     inflated = f" (at L(1 + {report.delta:g}))" if report.delta else ""
-    console.print(
-        f"L prescribed {report.lipschitz:.7g}{inflated}, proved {report.proved_lipschitz:.7g}{empirical}",
-        soft_wrap=True,
-    )
+    _say(console, f"L prescribed {report.lipschitz:.7g}{inflated}, proved {report.proved_lipschitz:.7g}{empirical}")
     table = Table(box=frames.SIMPLE_HEAD, title="certified accuracy (%)", title_justify="left")
     table.add_column("radius", justify="right")
     for result in report.methods:
@@ -695,19 +748,19 @@ def _print_robustness(console: Console, report: RobustnessReport) -> None:
         table.add_column(f"{attack.method}-{attack.steps}", justify="right")
         table.add_column("gap closed", justify="right")
     natural = f"{100 * report.natural_accuracy:.2f}"
-    table.add_row("natural", *[natural] * len(report.methods))
+    _row(table, "natural", *[natural] * len(report.methods))
     for k, radius in enumerate(report.radii):
         row = [f"{radius:.4f}", *(f"{100 * result.certified_accuracy[k]:.2f}" for result in report.methods)]
         if attack is not None:
             closed = attack.gap_closed[k]
             row += [f"{100 * attack.attacked_accuracy[k]:.2f}", "" if closed is None else f"{100 * closed:.0f} %"]
-        table.add_row(*row)
+        _row(table, *row)
     console.print(table)
     if attack is not None and attack.samples < report.samples:
-        console.print(f"the attack saw the first {attack.samples} samples", soft_wrap=True)
+        _say(console, f"the attack saw the first {attack.samples} samples")
     if report.unconverged:
-        console.print(f"{report.unconverged} samples did not converge and count as not certified", soft_wrap=True)
-    console.print(f"largest error bound of a logit difference that was subtracted: {report.worst_error:.1e}")
+        _say(console, f"{report.unconverged} samples did not converge and count as not certified")
+    _say(console, f"largest error bound of a logit difference that was subtracted: {report.worst_error:.1e}")
 
 
 def _print_stages(console: Console, stages: Sequence[StageProof]) -> None:
@@ -716,8 +769,9 @@ def _print_stages(console: Console, stages: Sequence[StageProof]) -> None:
     for heading in ("states", "L", "proved at", "delta", "mu", "rounding of H"):
         table.add_column(heading, justify="right")
     for stage in stages:
-        table.add_row(
-            escape(stage.name),
+        _row(
+            table,
+            stage.name,
             "" if stage.states is None else str(stage.states),
             f"{stage.prescribed:.7g}",
             "-" if stage.proved is None else f"{stage.proved:.7g}",
@@ -764,23 +818,21 @@ def _print_certificate(console: Console, found: NetworkInfo) -> None:
             cells = (
                 ("-", "", "") if proof is None else (f"{proof.lipschitz:.7g}", f"{proof.delta:g}", f"{proof.mu:.3g}")
             )
-            table.add_row(escape(step.name), *cells, "-" if step.graph is None else _written(step.graph))
+            _row(table, step.name, *cells, "-" if step.graph is None else _written(step.graph))
     console.print(table)
     if found.bound is not None:
         pairs = "" if found.pairs is None else f"; of logit differences {found.pairs[0]:.5g} to {found.pairs[1]:.5g}"
-        console.print(f"proved by {found.bound.method}: L = {found.bound.lipschitz:.7g}{pairs}", soft_wrap=True)
+        _say(console, f"proved by {found.bound.method}: L = {found.bound.lipschitz:.7g}{pairs}")
     if found.class_names:
-        console.print(escape(f"classes: {', '.join(found.class_names)}"), soft_wrap=True)
+        _say(console, f"classes: {', '.join(found.class_names)}")
     if (source := found.provenance) is not None:
         plugins = ", ".join(f"{p.name} ({p.distribution} {p.version})" for p in source.plugins) or "no plugin"
         versions = ", ".join(f"{name} {number}" for name, number in source.versions.items())
-        console.print(
-            escape(f"from {source.model}, {plugins}; {versions}; SHA-256 {source.sha256[:16]}"), soft_wrap=True
-        )
+        _say(console, f"from {source.model}, {plugins}; {versions}; SHA-256 {source.sha256[:16]}")
     if (training := found.training) is not None:
         said = [training.data, "" if training.epochs is None else f"{training.epochs} epochs"]
         said += [f"{name} {value}" for name, value in training.notes.items()]
-        console.print(escape("trained on: " + ", ".join(filter(None, said))), soft_wrap=True)
+        _say(console, "trained on: " + ", ".join(filter(None, said)))
 
 
 def _written(graph: GraphEntry) -> str:
@@ -854,9 +906,7 @@ def export(
     _print_network(console, found)
     _print_certificate(console, found)
     names = [out] if embed else [out, out.with_suffix(container.DATA)]
-    console.print(
-        escape(f"wrote {', '.join(f'{name} ({name.stat().st_size:,} bytes)' for name in names)}"), soft_wrap=True
-    )
+    _say(console, f"wrote {', '.join(f'{name} ({name.stat().st_size:,} bytes)' for name in names)}")
 
 
 def _export_plain(net: Network, out: Path, vnnlib: str | None, radius: float, samples: int, data_dir: Path) -> None:
@@ -865,18 +915,15 @@ def _export_plain(net: Network, out: Path, vnnlib: str | None, radius: float, sa
         model = interchange.explicit(net)
         with whole(out) as partial:
             partial.write_bytes(model.SerializeToString(deterministic=True))
-        console.print(
-            escape(f"wrote {out} ({out.stat().st_size:,} bytes, {len(model.graph.node)} nodes)"), soft_wrap=True
-        )
+        _say(console, f"wrote {out} ({out.stat().st_size:,} bytes, {len(model.graph.node)} nodes)")
         return
     found = data.Shaped(data.load(vnnlib, "test", data_dir), net.input_shape, None)
     written = interchange.export_vnnlib(net, out, found, radius, samples=samples)
     half = radius / math.prod(net.input_shape) ** 0.5
-    console.print(
-        escape(f"wrote {out / 'network.onnx'} and properties of {len(written)} samples that are classified correctly:"),
+    _say(
+        console,
+        f"wrote {out / 'network.onnx'} and properties of {len(written)} samples that are classified correctly:",
         f"l-infinity boxes of half-width {half:.6g}, inscribed in l2 balls of radius {radius:g}",
-        sep="\n",
-        soft_wrap=True,
     )
 
 
@@ -898,7 +945,7 @@ def verify(
     if as_json:
         _print_json(report.model_dump(mode="json"))
     else:
-        _console().print(escape(str(report)), soft_wrap=True, highlight=False)
+        _say(_console(), *str(report).split("\n"))
     if not report.passed:
         raise typer.Exit(1)
 
@@ -964,7 +1011,7 @@ class _Training:
             certified = " / ".join(f"{100 * value:.1f}" for value in record.certified_accuracy)
             parts.append(f"natural {100 * record.natural_accuracy:.1f}, certified {certified}")
         parts.append(f"L proved {record.proved_lipschitz:.9g}, least eigenvalue of H {record.least_eigenvalue:.1e}")
-        self.bars.console.print(escape(", ".join(parts)), soft_wrap=True)
+        _say(self.bars.console, ", ".join(parts))
 
 
 def _is_recipe(model: str) -> bool:
@@ -995,9 +1042,7 @@ def _run_recipe(
         return
     _print_table(*recipes.rows_of({Path(path): [result]}))
     folder = recipes.folder_of(path, out or recipes.DEFAULT, result.seed)
-    _console().print(
-        escape(f"wrote {folder}: {recipes.RESULT}, {recipes.NETWORK}, and the run's files"), soft_wrap=True
-    )
+    _say(_console(), f"wrote {folder}: {recipes.RESULT}, {recipes.NETWORK}, and the run's files")
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -1019,15 +1064,15 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
         padded = [
             cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(cells, widths, strict=True))
         ]
-        _console().print(escape("  " + "  ".join(padded).rstrip()), style=style, soft_wrap=True)
+        _say(_console(), "  " + "  ".join(padded).rstrip(), style=style)
 
-    _console().print("accuracy (%), certified at l2 radii\n", style="italic", soft_wrap=True)
+    _say(_console(), "accuracy (%), certified at l2 radii", "", style="italic")
     shown(headings[2:], "bold")
     for line in lines:
         if len(line) > 1:
             shown(line)
         else:
-            _console().print(escape(line[0]), soft_wrap=True)
+            _say(_console(), line[0])
 
 
 def _training_config(config: Path | None, given: dict[str, Any], seed: int | None) -> TrainingConfig:
@@ -1063,7 +1108,8 @@ def _print_run(report: FinetuneReport, out: Path, as_json: bool, what: str) -> N
     for record in report.history:
         accuracies = [record.natural_accuracy, *record.certified_accuracy]
         measured = [] if record.natural_accuracy is None else [f"{100 * (value or 0.0):.2f}" for value in accuracies]
-        table.add_row(
+        _row(
+            table,
             f"{record.epoch}{' (kept)' if record.epoch == report.kept else ''}",
             "" if record.loss is None else f"{record.loss:.4f}",
             *(measured or ["-"] * (1 + len(report.config.radii))),
@@ -1072,7 +1118,7 @@ def _print_run(report: FinetuneReport, out: Path, as_json: bool, what: str) -> N
         )
     console = _console()
     console.print(table)
-    console.print(escape(f"wrote {out}: {what}, {REPORT}, {METRICS}, {CURVES}"), soft_wrap=True)
+    _say(console, f"wrote {out}: {what}, {REPORT}, {METRICS}, {CURVES}")
 
 
 @app.command("train")
@@ -1204,7 +1250,7 @@ def table_command(
         return
     _print_table(headings, rows)
     if missing := recipes.commands_of(found, results):
-        _console().print(escape("not run yet:\n  " + "\n  ".join(missing)), soft_wrap=True)
+        _say(_console(), "not run yet:", *(f"  {command}" for command in missing))
 
 
 @app.command("demo")
@@ -1248,10 +1294,10 @@ def demo_command(
         least = max(len(row[k]) for row in rows)
         table.add_column(heading, justify="left" if k == 0 else "right", min_width=least, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        _row(table, *row)
     console.print(table)
     files = ", ".join(str(out / name) for name in ("report.json", "report.md", "certified-accuracy.png"))
-    typer.echo(f"wrote {files}")
+    _say(console, f"wrote {files}")
 
 
 if __name__ == "__main__":

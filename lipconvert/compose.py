@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activation, Activations
+from .arguments import number
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
 from .spectrum import DENSE, Grid, hull, psd_sqrt, require_finite, spectral_norm, triangular_factor
@@ -32,10 +33,10 @@ def affine(
     if M.dim() < 2:
         raise ShapeError(f"M of {name!r}", (*grid.batch, "q", "p"), tuple(M.shape))
     require_finite(M, f"M of {name!r}")
-    if lipschitz is not None and not 0.0 < lipschitz < float("inf"):
-        raise InvalidParameterError(f"L of {name!r}", lipschitz, "a Lipschitz constant must be positive and finite")
+    if lipschitz is not None:
+        lipschitz = number(lipschitz, f"L of {name!r}", "a Lipschitz constant must be positive and finite", above=0.0)
     M = M.detach().to(torch.complex128 if M.is_complex() else torch.float64)
-    L = (float(spectral_norm(M)) or 1.0) if lipschitz is None else float(lipschitz)
+    L = (float(spectral_norm(M)) or 1.0) if lipschitz is None else lipschitz
     eye = _identity(grid, M.shape[-2], M.device)
     if not 1e-150 < L < 1e150:
         raise InvalidParameterError(
@@ -272,8 +273,7 @@ def _restricted_rows(dae: DAE, V: Tensor, rows: slice, We: Tensor, Ue: Tensor) -
 
 def scale(dae: DAE, alpha: float = 1.0, beta: float = 1.0) -> DAE:
     """x → β f(α x): U ← αU, G ← βG, b_y ← βb_y, Λ ← (β/α)Λ, L ← αβL, H ← (β/α)H. α, β > 0. (FORMULAS L1)"""
-    if not (alpha > 0.0 and beta > 0.0):
-        raise InvalidParameterError("alpha, beta", (alpha, beta), "both scales must be positive")
+    alpha, beta = (number(scale, "alpha, beta", "both scales must be positive", above=0.0) for scale in (alpha, beta))
     ratio = beta / alpha
     return dae.derive(
         U=alpha * dae.U,

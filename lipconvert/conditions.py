@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import isolated, number
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
 from .spectrum import add_gram, least_eigenvalue, roundoff
@@ -99,19 +100,22 @@ class Conditions:
         return max(self.margin_3 / 2.0, 0.0)
 
 
+@isolated
 def check(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Conditions:
     """Measure conditions (3), (4) and (10) of a DAE at (Λ, L), by default its own.
 
     ``Lambda`` (n,) positive. Returns `Conditions`; raises `ShapeError`, and `InvalidParameterError` for Λ ≤ 0 or L ≤ 0.
     """
     Lambda = dae.Lambda if Lambda is None else Lambda.to(dae.Lambda)
-    L = dae.lipschitz if lipschitz is None else float(lipschitz)
+    L = (
+        dae.lipschitz
+        if lipschitz is None
+        else number(lipschitz, "lipschitz", "it must be positive and finite", above=0.0)
+    )
     if Lambda.shape != dae.Lambda.shape:
         raise ShapeError("Lambda", tuple(dae.Lambda.shape), tuple(Lambda.shape))
     if not bool((Lambda > 0).all()):
         raise InvalidParameterError("Lambda", float(Lambda.min()), "every entry of Λ must be positive")
-    if not 0.0 < L < float("inf"):
-        raise InvalidParameterError("lipschitz", L, "a Lipschitz constant must be positive and finite")
     H = H_matrix(dae, Lambda, L)
     gauged = unit_gauge(H, Lambda)
     scale = H_scale(dae, Lambda, L)
@@ -125,6 +129,7 @@ def check(dae: DAE, Lambda: Tensor | None = None, lipschitz: float | None = None
     )
 
 
+@isolated
 def strict_multiplier(dae: DAE, delta: float) -> Tensor:
     """Λ_δ, (n,): a multiplier for which H(Λ_δ, L(1+δ)) ≻ 0 where the DAE's own Λ only gives H(Λ, L) ⪰ 0.
 
@@ -137,8 +142,7 @@ def strict_multiplier(dae: DAE, delta: float) -> Tensor:
 
     Raises `InvalidParameterError` for δ ≤ 0.
     """
-    if not delta > 0.0:
-        raise InvalidParameterError("delta", delta, "the relative inflation of L must be positive")
+    delta = number(delta, "delta", "the relative inflation of L must be positive", above=0.0)
     return dae.Lambda * strict_weights(cascade(dae), starts_linear(dae), delta).to(dae.Lambda)
 
 

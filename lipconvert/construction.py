@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import isolated, number
 from .conditions import H_matrix, H_scale, strict_multiplier, unit_gauge
 from .dae import DAE
 from .errors import InvalidParameterError, NotPSDError
@@ -41,6 +42,7 @@ class Parameters:
     margin: float | None
 
 
+@isolated
 def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
     """LBEN parameters that rebuild the W of a DAE to round-off.
 
@@ -50,9 +52,10 @@ def construct(dae: DAE, epsilon: float = 0.0, delta: float = 0.0) -> Parameters:
     Raises `NotPSDError` when H ⋡ 2εI by more than round-off, `InvalidParameterError` for ε, δ < 0 or for closed-form rows
     V that do not belong to H.
     """
-    for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not 0.0 <= value < float("inf"):
-            raise InvalidParameterError(name, value, "it must be finite and not negative")
+    epsilon, delta = (
+        number(value, name, "it must be finite and not negative", least=0.0)
+        for name, value in (("epsilon", epsilon), ("delta", delta))
+    )
     if delta > 0.0:
         dae = _inflated(dae, delta)
     H, Lambda = H_matrix(dae), dae.Lambda

@@ -24,8 +24,8 @@ from onnx import StringStringEntryProto, TensorProto
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import CheckpointError
-from .files import partial_of
+from .errors import CheckpointError, InvalidParameterError
+from .files import only_writer, partial_of
 from .schema import FORMAT_VERSION, Manifest, TensorEntry
 
 KEY = "lipconvert"
@@ -35,6 +35,9 @@ GRAPH, DATA = ".onnx", ".safetensors"
 
 # A header holds a few hundred bytes for each tensor, a graph a few thousand for each stage. More is refused unread.
 MOST_HEADER, MOST_GRAPH = 100_000_000, 2_000_000_000
+
+# How often files that are saved anew while they are read are read again.
+READINGS = 100
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,35 @@ class Stored:
 
 
 def read(path: str | Path) -> Stored:
-    """Everything in a checkpoint, its sizes and hashes checked. Raises `CheckpointError` naming what is wrong."""
+    """Everything in a checkpoint, its sizes and hashes checked. Raises `CheckpointError` naming what is wrong.
+
+    A pair that is saved anew meanwhile is read again, so that it is the old one or the new one.
+    """
     target = Path(path)
+    for _ in range(READINGS):
+        before = _state(target)
+        try:
+            return _read(target)
+        except CheckpointError:
+            if _state(target) == before:
+                raise
+    return _read(target)
+
+
+def _state(path: Path) -> list[tuple[int, ...] | None]:
+    """What is another one as soon as a checkpoint has been saved anew."""
+    found: list[tuple[int, ...] | None] = []
+    others = [path.with_suffix(DATA), partial_of(path.with_suffix(DATA))] if path.suffix == GRAPH else []
+    for file in (path, *others):
+        try:
+            status = file.stat()
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        except (OSError, ValueError):
+            found.append(None)
+    return found
+
+
+def _read(target: Path) -> Stored:
     if target.suffix != GRAPH:
         header = Header.read(target)
         manifest = _manifest(str(target), _data_text(target, header))
@@ -294,6 +324,19 @@ def _manifest(path: str, text: str) -> Manifest:
     return manifest
 
 
+def location_of(data: Path) -> str:
+    """The name of a data file as a graph has it, in Unicode whatever the locale. Raises `CheckpointError` where it cannot."""
+    try:
+        name = os.fsencode(data.name).decode()
+    except UnicodeDecodeError:
+        reason = "its bytes are no text (UTF-8), so that no graph can name it"
+        raise CheckpointError(str(data), "path", f"{reason}: take another name, or embed the data") from None
+    if "\\" in name:
+        reason = "there is a backslash in it, which parts folders elsewhere"
+        raise CheckpointError(str(data), "path", f"{reason}: take another name, or embed the data")
+    return name
+
+
 def _data_of(path: Path, initializers: Sequence[TensorProto]) -> Path:
     """The one data file of a graph: beside it, under a bare name. Anything else is refused unopened."""
     locations = {_external(path, t)[0] for t in initializers}
@@ -307,7 +350,7 @@ def _data_of(path: Path, initializers: Sequence[TensorProto]) -> Path:
             raise CheckpointError(
                 str(path), "external data", f"its locations {sorted(locations)} are not one file beside it"
             )
-    return path.with_name(locations.pop())
+    return path.with_name(os.fsdecode(locations.pop().encode()))
 
 
 def _external(path: Path, tensor: TensorProto) -> tuple[str, int, int]:
@@ -398,23 +441,38 @@ def _require_hash(path: str, tensor: Tensor, entry: TensorEntry) -> None:
         raise CheckpointError(path, f"tensor {entry.name!r}", f"it is not what was saved: its SHA-256 is {actual}")
 
 
-def recover(path: Path) -> Path:
-    """Where the data of a graph are: beside it. Finishes a save that was killed between replacing the one and the other."""
+def left_over(path: Path) -> Path | None:
+    """The data of a graph where a save was interrupted between replacing the one and the other: not yet in their place."""
     data = path.with_suffix(DATA)
     left = partial_of(data)
     if not (path.is_file() and left.is_file()):
-        return data
+        return None
     try:
         text = _read_graph(path)[1]
         if _data_text(left, Header.read(left)) != text:
-            return data
+            return None
         if data.is_file() and _data_text(data, Header.read(data)) == text:
-            return data
+            return None
     except CheckpointError:
         # what is left over is of no use: whoever reads the files themselves says what is wrong with them
+        return None
+    return left
+
+
+def finish(path: Path) -> None:
+    """Put the data of a graph that are `left_over` in their place; for who is their `only_writer`."""
+    if (left := left_over(path)) is not None:
+        left.replace(path.with_suffix(DATA))
+
+
+def recover(path: Path) -> Path:
+    """Where the data of a graph are: beside it. Finishes a save that was killed between replacing the one and the other."""
+    data = path.with_suffix(DATA)
+    if (left := left_over(path)) is None:
         return data
     try:
-        left.replace(data)
-    except OSError:  # a folder that cannot be written to: they are read where they are
+        with only_writer(data, 0.0):
+            finish(path)
+    except (InvalidParameterError, OSError):  # they are being saved, or nothing may be written: read where they are
         return left
     return data

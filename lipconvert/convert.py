@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import isolated, number, sizes
 from .compose import affine, coarsen, compose, densify, elementwise, eliminate, max_min
 from .dae import DAE
 from .equilibrium import DEFAULT, SolverOptions
-from .errors import InvalidParameterError
 from .glue import affine_image
 from .lben import LBEN
-from .network import Network
+from .memory import require_memory, size_of, sizes_of
+from .network import SAMPLE, Network
 from .registry import plugins
 from .schema import PluginSource, Provenance
 from .shards import fingerprint
@@ -24,6 +25,7 @@ from .trace import Step, glue_dae, group, label, stage_dae, trace, unshuffling
 from .validate import compare
 
 
+@isolated
 def to_dae(
     model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None, *, dense: bool = False
 ) -> DAE:
@@ -35,6 +37,7 @@ def to_dae(
     from the start. Layers with strides: a DAE on a grid takes unshuffled images, a dense one flattened images as they are.
     Raises what `trace` raises, `ShapeError` where the dense form is too large.
     """
+    _require_memory(model, input_shape, plugin, dense)
     result: DAE | None = None
     unshuffled: list[nn.Module] = []  # what the model's input goes through before it is the DAE's
     steps = trace(model, input_shape, plugin, dense)
@@ -52,11 +55,25 @@ def to_dae(
     return result.derive(name=type(model).__name__)
 
 
+def _require_memory(
+    model: nn.Module, input_shape: Iterable[int] | None, plugin: str | None, dense: bool, check: bool = False
+) -> None:
+    """Refuse what is too large before anything of it is made, as far as shapes are known."""
+    shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
+    if isinstance(model, nn.Module) and shape is not None:
+        require_memory(sizes_of(model, sizes(shape, "input_shape", SAMPLE), plugin, dense), check)
+
+
+def _name(members: Sequence[Step]) -> str:
+    first, last = (label(step.path, step.module) for step in (members[0], members[-1]))
+    return first if len(members) == 1 else f"{first} to {last}"
+
+
 def _in_order(dae: DAE, unshuffled: Sequence[nn.Module], shape: tuple[int, ...]) -> DAE:
     """A dense DAE of unshuffled images as one of the images themselves, flattened: the columns of U in their order."""
     if not unshuffled:
         return dae
-    place = torch.arange(math.prod(shape)).reshape(1, *shape)
+    place = torch.arange(math.prod(shape), device=dae.U.device).reshape(1, *shape)
     U = torch.empty_like(dae.U)
     U[:, nn.Sequential(*unshuffled)(place).flatten()] = dae.U
     return dae.derive(U=U)
@@ -72,6 +89,7 @@ def _flat_dae(step: Step) -> DAE:
     return affine(*affine_image(step.module, size, step.path), step.lipschitz, name)
 
 
+@isolated
 def convert(
     model: nn.Module,
     input_shape: Iterable[int] | None = None,
@@ -97,16 +115,21 @@ def convert(
 
     Raises what `trace` raises, `NotPSDError` and `EquivalenceError`.
     """
-    if not epsilon >= 0.0:
-        raise InvalidParameterError("epsilon", epsilon, "it must be finite and not negative")
+    epsilon = number(epsilon, "epsilon", "it must be finite and not negative", least=0.0)
+    delta = number(delta, "delta", "it must be finite and not negative", least=0.0)
+    _require_memory(model, input_shape, plugin, dense, check)
     groups = group(trace(model, input_shape, plugin, dense), merge)
+    stages = [(members, [s.dae for s in members if s.dae is not None]) for members in groups]
+    require_memory([size_of(parts, _name(members)) for members, parts in stages if parts], check)
     daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
     modules: list[nn.Module] = []
     constants: list[float | None] = []
+    roundings: list[tuple[float, float] | None] = []
     for members, dae in zip(groups, daes, strict=True):
         modules.append(members[0].module if dae is None else LBEN.from_dae(dae, epsilon, delta, options))
         constants.append(members[0].lipschitz if dae is None else None)
-    network = Network(modules, constants, groups[0][0].input_shape).eval()
+        roundings.append(members[0].rounding if dae is None else None)
+    network = Network(modules, constants, groups[0][0].input_shape, roundings).eval()
     network.provenance = _provenance(model, {step.plugin for members in groups for step in members})
     if check:
         compare(model, network, groups, daes, delta=delta)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activations
+from .arguments import number
 from .errors import InvalidParameterError, ShapeError
 from .spectrum import DENSE, Grid, require_finite
 
@@ -120,11 +121,10 @@ class DAE:
             raise ShapeError(self._at("activations"), f"{n} rows", f"{len(self.sigma)} rows")
         if self.V is not None and (self.V.dim() < 2 or (*self.V.shape[:-2], self.V.shape[-1]) != (*batch, n)):
             raise ShapeError(self._at("V"), (*batch, "r", n), tuple(self.V.shape))
-        put("lipschitz", float(self.lipschitz))
-        if not 0.0 < self.lipschitz < float("inf"):
-            raise InvalidParameterError(
-                self._at("L"), self.lipschitz, "a Lipschitz constant must be positive and finite"
-            )
+        put(
+            "lipschitz",
+            number(self.lipschitz, self._at("L"), "a Lipschitz constant must be positive and finite", above=0.0),
+        )
         put("blocks", tuple(self.blocks) or tuple(size for _, size in self.sigma))
         if sum(self.blocks) != n or any(size <= 0 for size in self.blocks):
             raise ShapeError(self._at("blocks"), f"positive sizes that add up to {n}", self.blocks)

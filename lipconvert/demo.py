@@ -19,7 +19,8 @@ from . import data
 from .certify import RADII, certify
 from .convert import convert
 from .errors import InvalidParameterError
-from .files import whole
+from .escaping import markdown as escaped
+from .files import alone, whole
 from .finetune import train, versions
 from .plotting import plot_certified_accuracy
 from .registry import registry
@@ -154,10 +155,11 @@ def run(
     )
     folder = Path(out)
     title = f"Certified accuracy on digits ({len(test[1])} test images)"
-    plot_certified_accuracy(rows, folder / "certified-accuracy.png", title)
-    with whole(folder / "report.md") as partial:
-        partial.write_text(markdown(report), encoding="utf-8")
-    report.write(folder / "report.json")
+    with alone(folder, patient=True):  # the three belong together
+        plot_certified_accuracy(rows, folder / "certified-accuracy.png", title)
+        with whole(folder / "report.md") as partial:
+            partial.write_text(markdown(report), encoding="utf-8")
+        report.write(folder / "report.json")
     return report
 
 
@@ -193,7 +195,7 @@ def markdown(report: DemoReport) -> str:
         "",
         "| " + " | ".join((*HEADINGS[:6], *(f"certified at {r}" for r in HEADINGS[6:]))) + " |",
         "|:--|" + "--:|" * (len(HEADINGS) - 1),
-        *("| " + " | ".join(cells(row)) + " |" for row in report.rows),
+        *("| " + " | ".join(map(escaped, cells(row))) + " |" for row in report.rows),
         "",
         "Accuracies in %; radii are l2. *Max output difference*: the largest entry of |source - LBEN| over the test set, "
         "in float64. *Least eigenvalue of H*: of condition (10), 0 up to round-off for most converted networks.",
@@ -203,7 +205,7 @@ def markdown(report: DemoReport) -> str:
         "| architecture | training (s) | conversion (s) | solver |",
         "|:--|--:|--:|:--|",
         *(
-            f"| {row.architecture} | {row.train_seconds:.1f} | {row.convert_seconds:.2f} "
+            f"| {escaped(row.architecture)} | {row.train_seconds:.1f} | {row.convert_seconds:.2f} "
             f"| {', '.join(row.validation.methods)} |"
             for row in report.rows
         ),

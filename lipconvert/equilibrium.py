@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import arguments
 from .activations import Activations
 from .dae import DAE
 from .errors import InvalidParameterError, NotConvergedError, ShapeError
 from .solvers import Elementwise, ForwardBackward, Iteration, Newton, PeacemanRachford, Sweep, forward_substitution
-from .spectrum import Grid, require_finite
+from .spectrum import Grid, autocasts, require_finite
 from .state_map import StateMap
 
 METHODS = ("auto", "forward_substitution", "sweep", "peaceman_rachford", "forward_backward", "newton")
@@ -90,15 +91,19 @@ class SolverOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InvalidParameterError("method", repr(self.method), f"it must be one of {', '.join(METHODS)}")
-        if self.tolerance is not None and not self.tolerance > 0.0:
-            raise InvalidParameterError("tolerance", self.tolerance, "it must be positive")
-        if self.max_steps < 1:
-            raise InvalidParameterError("max_steps", self.max_steps, "at least one step is needed")
+        if self.tolerance is not None:
+            object.__setattr__(
+                self, "tolerance", arguments.number(self.tolerance, "tolerance", "it must be positive", above=0.0)
+            )
+        object.__setattr__(
+            self, "max_steps", arguments.count(self.max_steps, "max_steps", "at least one step is needed")
+        )
         if self.alpha is not None:
             if self.method not in ("peaceman_rachford", "forward_backward"):
                 raise InvalidParameterError("alpha", self.alpha, f"{self.method} has no step of its own")
-            if not self.alpha > 0.0:
-                raise InvalidParameterError("alpha", self.alpha, "a step must be positive")
+            object.__setattr__(
+                self, "alpha", arguments.number(self.alpha, "alpha", "a step must be positive", above=0.0)
+            )
 
 
 DEFAULT = SolverOptions()
@@ -122,7 +127,7 @@ def full_precision(forward: Callable[[M, Tensor], Tensor]) -> Callable[[M, Tenso
 
     @functools.wraps(forward)
     def wrapped(self: M, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x.device):
             return forward(self, x)
         with torch.autocast(x.device.type, enabled=False):
             return forward(self, x.to(next(self.parameters()).dtype))

@@ -9,12 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .escaping import paragraph
+
+
+def shown(value: object) -> object:
+    """A value as a message has it: of an integer of hundreds of digits, which Python may refuse to write, its size."""
+    if isinstance(value, int) and value.bit_length() > 300:
+        return f"{'-' * (value < 0)}10^{int(value.bit_length() * 0.30103)} or so"
+    if isinstance(value, tuple | list):
+        return type(value)(map(shown, value))
+    return value
+
 
 class LipconvertError(Exception):
     """Base of all errors raised on purpose by lipconvert. The command line answers it with exit code 2.
 
     ``layer``: the path of the layer it was raised for, where a plugin could not know it; ``step``: of the training run in
-    which it was raised, counted from 0. Both are set by the core.
+    which it was raised, counted from 0. Both are set by the core. As text it is fit for a terminal, whatever names are in it.
     """
 
     layer: str | None = None
@@ -22,7 +33,17 @@ class LipconvertError(Exception):
 
     def __str__(self) -> str:
         layer = f" [layer {self.layer}]" if self.layer is not None else ""
-        return super().__str__() + layer + (f" [step {self.step} of the training]" if self.step is not None else "")
+        step = f" [step {self.step} of the training]" if self.step is not None else ""
+        return paragraph(super().__str__() + layer + step)
+
+
+def _named(samples: Sequence[int], most: int = 3) -> str:
+    """``sample 3``, or ``samples 3, 17, 20 and 2 more``."""
+    if len(samples) == 1:
+        return f"sample {samples[0]}"
+    first = [str(sample) for sample in samples[:most]]
+    last = first.pop() if len(samples) <= most else f"{len(samples) - most} more"
+    return f"samples {', '.join(first)} and {last}"
 
 
 class ShapeError(LipconvertError):
@@ -33,17 +54,44 @@ class ShapeError(LipconvertError):
 
     def __init__(self, where: str, expected: object, actual: object, hint: str = "") -> None:
         self.where, self.expected, self.actual = where, expected, actual
-        super().__init__(f"{where} has shape {actual}, expected {expected}." + (f" {hint}" if hint else ""))
+        super().__init__(f"{where} has shape {shown(actual)}, expected {expected}." + (f" {hint}" if hint else ""))
+
+
+class InsufficientMemoryError(LipconvertError):
+    """A conversion cannot fit into memory.
+
+    Attributes: ``where`` names the layers that become one stage, ``states`` n, ``image`` (h, w) or (); ``needed`` and
+    ``available`` are bytes.
+    """
+
+    def __init__(self, where: str, states: int, image: tuple[int, ...], needed: float, available: int) -> None:
+        self.where, self.states, self.image = where, states, image
+        self.needed, self.available = needed, available
+        on = f" on {image[0]}x{image[1]} pixels" if image else ""
+        super().__init__(
+            f"the conversion of {where!r} does not fit: it becomes one stage of at least {states} states{on}, whose matrices "
+            f"need {needed / 2**30:.1f} GiB at a time; {available / 2**30:.1f} GiB are free. Its layers can be kept in "
+            "smaller stages by nn.Identity() between them, of which the function and the constant stay the same; fewer "
+            "pixels, fewer features or a machine with more memory help as well."
+        )
 
 
 class NotFiniteError(LipconvertError):
-    """A tensor holds NaN or infinity.
+    """A tensor holds NaN or infinity: weights, or, with ``samples``, some of a batch or of a data set.
 
-    Attributes: ``where`` names the tensor, ``count`` is the number of bad entries, ``total`` the number of entries.
+    Attributes: ``where`` names the tensor, ``count`` is the number of bad entries, ``total`` the number of entries,
+    ``samples`` the places of the samples that hold them, counted from 0.
     """
 
-    def __init__(self, where: str, count: int, total: int) -> None:
-        self.where, self.count, self.total = where, count, total
+    def __init__(self, where: str, count: int, total: int, samples: Sequence[int] = ()) -> None:
+        self.where, self.count, self.total, self.samples = where, count, total, tuple(samples)
+        if samples:
+            super().__init__(
+                f"{where}: {_named(self.samples)} (counted from 0), {count} of {total} entries, are NaN or infinite. "
+                "Usual causes: (a) values that are missing; (b) a division by zero, or an overflow in half precision, where "
+                "the data are made. Leave these samples out: x[torch.isfinite(x).flatten(1).all(1)] is the others."
+            )
+            return
         super().__init__(
             f"{where}: {count} of {total} entries are NaN or infinite. Usual causes: (a) a training run that diverged; "
             "(b) a division by a zero normaliser (T = 0, a zero column); (c) an overflow in half precision. "
@@ -59,7 +107,7 @@ class InvalidParameterError(LipconvertError):
 
     def __init__(self, where: str, value: object, requirement: str) -> None:
         self.where, self.value, self.requirement = where, value, requirement
-        super().__init__(f"{where} is {value}, but {requirement}.")
+        super().__init__(f"{where} is {shown(value)}, but {requirement}.")
 
 
 class NotPSDError(LipconvertError):
@@ -232,6 +280,20 @@ class NoCertificateError(LipconvertError):
     def __init__(self, where: str, reason: str) -> None:
         self.where = where
         super().__init__(f"{where}: no certificate: {reason}")
+
+
+class ModifiedModuleError(NoCertificateError):
+    """A module of a converted network does not compute what its class says: hooks, replaced methods, a compiled call.
+
+    What would be certified, attacked or saved is not what ``net(x)`` runs. Attributes: ``path`` (dotted path inside the
+    network), ``module_type``, ``where`` (both in words).
+    """
+
+    def __init__(self, path: str, module_type: str, found: str, remedy: str) -> None:
+        self.path, self.module_type = path, module_type
+        self.where = f"{path or 'the network'} ({module_type})"
+        reason = "what runs is then not what its class says, and that alone can be certified, attacked and saved"
+        LipconvertError.__init__(self, f"{self.where}: {found}; {reason}. {remedy}")
 
 
 class ProcessError(LipconvertError):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from .arguments import default_dtype, isolated, make_ordinary, plain_tensor
 from .attack import class_labels
 from .augment import Augmentation
 from .certify import Certifier
@@ -47,12 +48,13 @@ from .errors import (
     WeightsError,
 )
 from .files import alone, whole
+from .integrity import require_own
 from .lben import LBEN
 from .network import Network
 from .plotting import plot_training, radius_name
 from .schema import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig, TrainingSummary
 from .shards import fingerprint, over
-from .spectrum import least_eigenvalue, roundoff
+from .spectrum import least_eigenvalue, require_finite_samples, roundoff
 from .trace import trace
 from .weights import opened
 
@@ -77,6 +79,7 @@ OnStep = Callable[[int, int, float], object]
 OnEpoch = Callable[[EpochRecord], object]
 
 
+@isolated
 def finetune(
     net: Network,
     train: Any,
@@ -108,15 +111,18 @@ def finetune(
 
     Raises `NotFiniteError` when the loss or the weights are no longer finite (naming the step), `NotConvergedError` from an
     equilibrium, `NotPSDError` and `NoCertificateError` when the constant is lost, `InvalidParameterError` for a
-    configuration that does not fit, or a folder of another run, and `ShapeError` for data that do not fit.
+    configuration that does not fit, or a folder of another run, `ShapeError` for data that do not fit, and
+    `ModifiedModuleError` for hooks and the like: use ``on_step`` and ``on_epoch``, or hooks of parameters, to look on.
     """
     if not isinstance(net, Network):
         hint = "only a converted network is fine-tuned: lipconvert.convert(model). lipconvert.train takes source models"
         raise InvalidParameterError("net", type(net).__name__, hint)
+    require_own(net)
     about = _About(model, data, net.input_shape, folder, save_seconds, tensorboard, on_step, on_epoch)
     return _fit(net, lambda: net, train, validation, config, about)
 
 
+@isolated
 def train(
     model: nn.Module,
     train: Any,
@@ -166,7 +172,7 @@ def input_shape_of(model: nn.Module, sample: Sequence[int], plugin: str | None =
 
 def margin_loss(logits: Tensor, labels: Tensor, margin: float, temperature: float, reduction: str = "mean") -> Tensor:
     """CE((y − margin·onehot)/T, labels)·T: asks for the label to lead by ``margin``, smoothly in T. (B, q), (B,) → ()"""
-    shifted = logits - margin * functional.one_hot(labels, logits.shape[1])
+    shifted = logits - margin * functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return functional.cross_entropy(shifted / temperature, labels, reduction=reduction) * temperature
 
 
@@ -207,17 +213,25 @@ class Samples:
         if isinstance(data, Images):
             return cls(data.pixels, data.labels, data.top)
         x, labels = cls._tensors(data, where)
+        x, labels = x.detach(), labels.detach()
+        if x.dim() == 0:
+            raise ShapeError(f"the inputs of {where}", "(B, ...)", ())
         if len(x) == 0:
             raise InvalidParameterError(where, "empty", "at least one sample is needed")
         if not x.is_floating_point():
             raise InvalidParameterError(
                 f"the inputs of {where}", x.dtype, "pixels must be floats (in [0, 1], not 0..255)"
             )
-        if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(x):
+        if (
+            labels.dtype == torch.bool
+            or labels.is_floating_point()
+            or labels.is_complex()
+            or labels.dim() != 1
+            or len(labels) != len(x)
+        ):
             shape = f"{labels.dtype} {tuple(labels.shape)}"
             raise InvalidParameterError(f"the labels of {where}", shape, f"they must be ({len(x)},) integers")
-        if bad := int((~torch.isfinite(x)).sum()):
-            raise NotFiniteError(f"the inputs of {where}", bad, x.numel())
+        require_finite_samples(x, f"the inputs of {where}")
         return cls(x, labels.long(), 1.0)
 
     @staticmethod
@@ -227,7 +241,7 @@ class Samples:
         if type(data) is TensorDataset:
             data = data.tensors
         if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, ARRAYS) for part in data):
-            return torch.as_tensor(data[0]), torch.as_tensor(data[1])
+            return plain_tensor(data[0], f"the inputs of {where}"), plain_tensor(data[1], f"the labels of {where}")
         loader = isinstance(data, DataLoader)
         if not loader and (
             isinstance(data, str | Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
@@ -245,7 +259,8 @@ class Samples:
                 raise InvalidParameterError(what, type(x).__name__, reason)
             if not isinstance(label, (*ARRAYS, int, np.integer)):
                 raise InvalidParameterError(what, type(label).__name__, "its label must be an integer")
-            x, label = torch.as_tensor(x), torch.as_tensor(label)
+            x = plain_tensor(x, f"the input of {what}").detach()
+            label = plain_tensor(np.asarray(label) if isinstance(label, int) else label, f"the label of {what}")
             inputs.append(x if loader else x.unsqueeze(0))
             labels.append(label if loader else label.reshape(1))
             if inputs[-1].dim() == 0 or labels[-1].dim() == 0 or len(inputs[-1]) != len(labels[-1]):
@@ -324,6 +339,7 @@ def _fit(
         config = TrainingConfig()
     elif not isinstance(config, TrainingConfig):
         raise InvalidParameterError("config", type(config).__name__, "it must be a TrainingConfig(...)")
+    make_ordinary(model)
     samples, held = _split(train, validation, config, about.input_shape)
     fabric = _fabric(config, about)
     with ExitStack() as stack:
@@ -667,7 +683,8 @@ class _Run:
         with ExitStack() as stack:
             for support in penalised:
                 stack.enter_context(support.stage.held())
-            logits = self.wrapped(x.reshape(len(x), *self.about.input_shape))
+            with default_dtype(self.dtype):  # to which Fabric casts what comes out
+                logits = self.wrapped(x.reshape(len(x), *self.about.input_shape))
             logits = logits.to(self.dtype)
             margin = math.sqrt(2.0) * self.history[-1].lipschitz * config.loss.offset
             loss = weight * margin_loss(logits, labels, margin, config.loss.temperature, "sum")

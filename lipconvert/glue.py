@@ -6,16 +6,32 @@ All act on a batch: the first dimension is the sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .activations import MaxMin, activation_of, is_activation
+from .arguments import count, number, sizes
 from .compose import require_small
 from .errors import InvalidParameterError, ShapeError, UnsupportedModuleError
+from .integrity import recorded
+from .spectrum import pixel_unshuffle
 
 
+def applied(step: nn.Module, x: Tensor) -> Tensor:
+    """Glue on a batch. Of no samples torch's ``PixelUnshuffle``, and the gradient of ``PixelShuffle``, leave the shape."""
+    if len(x) or not isinstance(step, nn.PixelUnshuffle | nn.PixelShuffle):
+        return step(x)
+    if isinstance(step, nn.PixelUnshuffle):
+        return pixel_unshuffle(x, step.downscale_factor)
+    r = step.upscale_factor
+    return x.reshape(0, x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r)
+
+
+@recorded()
 class Normalize(nn.Module):
     """(x − mean)/std per channel (dimension 1), (B, C, ...) → (B, C, ...); Lipschitz constant 1/min(std).
 
@@ -28,7 +44,7 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0) -> None:
         super().__init__()
-        m, s = torch.atleast_1d(torch.tensor(mean)), torch.atleast_1d(torch.tensor(std))
+        m, s = _channels(mean, "mean"), _channels(std, "std")
         if m.numel() != s.numel() and 1 not in (m.numel(), s.numel()):
             raise InvalidParameterError("Normalize(mean, std)", (mean, std), "they must be of as many channels")
         m, s = torch.broadcast_tensors(m.to(torch.get_default_dtype()), s.to(torch.get_default_dtype()))
@@ -44,8 +60,8 @@ class Normalize(nn.Module):
 
     @property
     def lipschitz(self) -> float:
-        """1/min(std)."""
-        return float(1.0 / self.std.double().min())
+        """1/min|std|."""
+        return float(1.0 / self.std.double().abs().min())
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
@@ -58,6 +74,17 @@ class Normalize(nn.Module):
         return (x - self.mean.reshape(shape)) / self.std.reshape(shape)
 
 
+def _channels(values: Any, name: str) -> Tensor:
+    """Numbers, one or several, as a float64 tensor (C,)."""
+    requirement = f"{name} must be a finite number, or one for each channel"
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+    several = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    numbers = [number(value, "Normalize(mean, std)", requirement) for value in several]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").to(torch.get_default_device())
+
+
+@recorded()
 class PadChannels(nn.Module):
     """Append zero channels (or features): (B, c, ...) → (B, channels, ...); Lipschitz constant 1."""
 
@@ -65,9 +92,7 @@ class PadChannels(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise InvalidParameterError("channels", channels, "it must be at least 1")
-        self.channels = int(channels)
+        self.channels = count(channels, "channels")
 
     def forward(self, x: Tensor) -> Tensor:
         missing = self.channels - x.shape[1] if x.dim() > 1 else -1
@@ -79,6 +104,7 @@ class PadChannels(nn.Module):
         return f"channels={self.channels}"
 
 
+@recorded()
 class FirstFeatures(nn.Module):
     """The first k features as the output: (B, n) → (B, k); Lipschitz constant 1."""
 
@@ -86,9 +112,7 @@ class FirstFeatures(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if features < 1:
-            raise InvalidParameterError("features", features, "it must be at least 1")
-        self.features = int(features)
+        self.features = count(features, "features")
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or x.shape[1] < self.features:
@@ -99,6 +123,7 @@ class FirstFeatures(nn.Module):
         return f"features={self.features}"
 
 
+@recorded()
 class MeanPool(nn.Module):
     """Non-overlapping k×k pooling scaled to norm 1: the sum over a window divided by k (not k²), so ‖MeanPool‖ = 1.
 
@@ -109,9 +134,7 @@ class MeanPool(nn.Module):
 
     def __init__(self, kernel_size: int) -> None:
         super().__init__()
-        if kernel_size < 1:
-            raise InvalidParameterError("kernel_size", kernel_size, "it must be at least 1")
-        self.kernel_size = int(kernel_size)
+        self.kernel_size = count(kernel_size, "kernel_size")
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.kernel_size
@@ -140,6 +163,11 @@ KNOWN: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+def may_write(module: nn.Module) -> bool:
+    """Whether glue may write into its input: activations in place, and whatever the core does not know."""
+    return bool(getattr(module, "inplace", False)) if is_activation(module) else type(module) not in KNOWN
+
+
 def core_lipschitz(module: nn.Module) -> float | None:
     """The Lipschitz constant of glue the core knows, from its values as they are; None for any other module.
 
@@ -151,13 +179,26 @@ def core_lipschitz(module: nn.Module) -> float | None:
         return 1.0
     if type(module) is nn.AvgPool2d:
         return _pooling_lipschitz(module)
-    return float(getattr(module, "lipschitz", 1.0)) if type(module) in KNOWN else None
+    if type(module) not in KNOWN:
+        return None
+    if (type(module) is nn.Flatten and module.start_dim == 0) or (type(module) is nn.Unflatten and module.dim == 0):
+        return None  # it mixes the samples of a batch
+    # as its class has it: an attribute of that name put on an nn.Flatten says nothing
+    return float(module.lipschitz) if isinstance(module, Normalize) else 1.0
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A size of torch's pooling or convolution as (vertical, horizontal): of a number, or one or two in a tuple or list.
+
+    Raises `ShapeError` for others.
+    """
+    found = sizes(size, "a size of a window", "one or two whole numbers", least=0)
+    if len(found) not in (1, 2):
+        raise ShapeError("a size of a window", "one or two whole numbers", found)
+    return found[0], found[-1]
 
 
 def _pooling_lipschitz(pool: nn.AvgPool2d) -> float | None:
-    def pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
-        return (size, size) if isinstance(size, int) else tuple(size)
-
     kh, kw = pair(pool.kernel_size)
     if pair(pool.stride) != (kh, kw) or pair(pool.padding) != (0, 0) or pool.ceil_mode:
         return None  # overlapping windows count a pixel more than once
@@ -185,15 +226,15 @@ def affine_image(module: nn.Module, input_shape: tuple[int, ...], path: str = ""
     size = torch.Size(input_shape).numel()
     require_small(size, f"the matrix of {path or type(module).__name__!r}")
     generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6]).unsqueeze(-1)
-    probes = scales * torch.randn(len(scales), size, generator=generator)
-    points = torch.cat([torch.zeros(1, size), probes]).double().reshape(-1, *input_shape)
+    scales = torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6], dtype=torch.float64).unsqueeze(-1)
+    probes = scales * torch.randn(len(scales), size, generator=generator, dtype=torch.float64)
+    points = torch.cat([torch.zeros(1, size, dtype=torch.float64), probes]).reshape(-1, *input_shape)
     with torch.no_grad():
-        images = module(points).flatten(1)
+        images = module(points.clone()).flatten(1)
     b, images = images[0], images[1:]
     with torch.enable_grad():
         at = torch.zeros(len(b), *input_shape, dtype=torch.float64, requires_grad=True)
-        y = module(at)
+        y = module(at.clone())
         M = at.new_zeros(len(b), size)  # of a constant
         if y.requires_grad:
             M = torch.autograd.grad(y, at, torch.eye(len(b), dtype=torch.float64).reshape(y.shape))[0].flatten(1)

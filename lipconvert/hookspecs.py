@@ -54,6 +54,24 @@ def glue_lipschitz(module: nn.Module) -> float | None:  # type: ignore[empty-bod
 
 
 @hookspec
+def nonlinear_states(model: nn.Module, input_shape: tuple[int, ...]) -> int | None:  # type: ignore[empty-body]
+    """How many states of ``to_dae``'s answer have another σ than the identity, from shapes alone; None: not mine.
+
+    A conversion that cannot fit into memory is then refused before it starts. The model has no numbers (meta device).
+    """
+
+
+@hookspec
+def glue_rounding(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[float, float] | None:  # type: ignore[empty-body]
+    """(a, b): in arithmetic of unit roundoff u ≤ 2⁻⁸, a module kept as it is errs by at most u(a + b‖x‖₂) in l2.
+
+    ``input_shape``: of a sample x. None: not mine, or nothing is known: constants are proved, and no sample is certified.
+
+    For ``(x + c) - c`` on n entries, |error| ≤ u(2|x| + 3|c|) of each: (3|c|√n, 2), a little more for what is of order u².
+    """
+
+
+@hookspec
 def example_models(seed: int) -> Sequence[nn.Module]:  # type: ignore[empty-body]
     """Small instances for the conformance suite, each with ``input_shape``; the same for the same seed."""
 

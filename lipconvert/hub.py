@@ -9,17 +9,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .arguments import isolated
 from .certify import Certifier
 from .checkpoint import info, load, save
 from .container import DATA, GRAPH, read_manifest
 from .errors import CheckpointError, InvalidParameterError
-from .files import whole
+from .escaping import markdown
+from .files import alone, whole
 from .network import Network
 from .schema import NetworkInfo, RobustnessReport
 
 CONFIG, CARD, MODEL = "config.json", "README.md", "model"
 
 
+@isolated
 def write_folder(
     net: Network,
     folder: str | Path,
@@ -31,17 +34,20 @@ def write_folder(
     """The files of a model repository in a folder: the checkpoint ``model.onnx`` + ``model.safetensors``, ``config.json``
     (its manifest), and ``README.md``, the model card with the certified accuracies of ``report``.
 
-    ``outputs``, ``certifier``: as `lipconvert.save` takes them. Raises what `save` raises.
+    ``outputs``, ``certifier``: as `lipconvert.save` takes them. Raises what `save` raises, and `InvalidParameterError` where
+    another process that writes to the folder does not end.
     """
     target = Path(folder)
     graph = target / (MODEL + GRAPH)
-    save(net, graph, outputs=outputs, certifier=certifier)
-    manifest = read_manifest(graph)
-    config = {"library_name": "lipconvert", "model_type": "lipconvert", "lipconvert": manifest.model_dump(mode="json")}
-    with whole(target / CONFIG) as partial:
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    with whole(target / CARD) as partial:
-        partial.write_text(card(info(graph), report), encoding="utf-8")
+    with alone(target, patient=True):
+        save(net, graph, outputs=outputs, certifier=certifier)
+        manifest = read_manifest(graph)
+        said = manifest.model_dump(mode="json")
+        config = {"library_name": "lipconvert", "model_type": "lipconvert", "lipconvert": said}
+        with whole(target / CONFIG) as partial:
+            partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with whole(target / CARD) as partial:
+            partial.write_text(card(info(graph), report), encoding="utf-8")
 
 
 def card(found: NetworkInfo, report: RobustnessReport | None = None) -> str:
@@ -60,20 +66,19 @@ def card(found: NetworkInfo, report: RobustnessReport | None = None) -> str:
     ]
     if found.provenance is not None:
         plugins = ", ".join(f"{p.name} ({p.distribution} {p.version})" for p in found.provenance.plugins) or "no plugin"
-        lines.append(f"Converted from `{found.provenance.model}` by {plugins}.")
+        lines.append(f"Converted from {markdown(found.provenance.model)} by {markdown(plugins)}.")
     lines += ["", "| stage | states | L | proved for these floats | graph |", "|:--|--:|--:|--:|:--|"]
     for step in found.steps:
         if step.kind == "lben":
             proved = "-" if step.certificate is None else f"{step.certificate.lipschitz:.7g}"
-            lines.append(
-                f"| {step.name} | {step.states} | {step.lipschitz:g} | {proved} | {step.graph and step.graph.method} |"
-            )
+            how = step.graph and step.graph.method
+            lines.append(f"| {markdown(step.name)} | {step.states} | {step.lipschitz:g} | {proved} | {how} |")
     if report is not None:
+        data = f", {markdown(report.data)}" if report.data else ""
         radii = " | ".join(f"ε = {radius:.4g}" for radius in report.radii)
         lines += [
             "",
-            f"Certified accuracy in %, l2{f', {report.data}' if report.data else ''}, {report.samples} samples, for the "
-            f"{report.dtype} floats that run:",
+            f"Certified accuracy in %, l2{data}, {report.samples} samples, for the {markdown(report.dtype)} floats that run:",
             "",
             f"| method | natural | {radii} |",
             "|:--|--:|" + "--:|" * len(report.radii),
@@ -99,6 +104,7 @@ def card(found: NetworkInfo, report: RobustnessReport | None = None) -> str:
     return "\n".join(lines)
 
 
+@isolated
 def push_to_hub(
     net: Network,
     repo_id: str,
@@ -121,6 +127,7 @@ def push_to_hub(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
 
 
+@isolated
 def from_hub(repo: str | Path, *, revision: str | None = None, token: str | None = None) -> Network:
     """The network in a repository "user/name" of the Hub, or in a folder that is there already.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,35 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from .arguments import count, inputs_of, isolated, number
 from .bounds import output_shape
-from .errors import CheckpointError, DataError, InvalidParameterError, ShapeError
-from .files import whole
+from .errors import CheckpointError, DataError, InvalidParameterError, NotFiniteError, ShapeError
+from .files import alone, whole
+from .integrity import require_own
 from .lben import LBEN
 from .network import Network
 from .onnx_author import DTYPES, OPSET, Author
 from .onnx_graph import INPUT, IR_VERSION, LOGITS, convolutions, glue, on_channels
 from .onnx_plan import STRAIGHT, Plan, plan, slices, stored_W
+from .spectrum import Grid
 
 # The share of a radius that the corners of the box keep from the sphere, for the rounding of its sides.
 INWARD = 1e-9
 
 
+@isolated
 def explicit(net: Network) -> onnx.ModelProto:
     """The network as a plain feed-forward graph in float32: one ``Gemm`` for each block of states, no functions, no loops.
 
-    Convolutional stages are ``Pad`` (mode ``wrap``) and ``Conv``. Raises `CheckpointError` for a stage that is a true
-    equilibrium: its W is not triangular, and no feed-forward graph computes it.
+    Convolutional stages are ``Conv`` of images with slices of themselves around them. Raises `CheckpointError` for a stage
+    that is a true equilibrium: its W is not triangular, and no feed-forward graph computes it; `ModifiedModuleError` for
+    hooks and the like.
     """
     if not isinstance(net, Network):
         raise InvalidParameterError("net", type(net).__name__, "only a converted network is exported")
+    require_own(net)
     net = copy.deepcopy(net).cpu().float()
-    a = Author(torch.float32)
+    a = _Author(torch.float32)
     shape = net.input_shape
     entry = x = ir.Value(name=INPUT, type=ir.TensorType(DTYPES[torch.float32]), shape=ir.Shape(["batch", *shape]))
     used: list[ir.Value] = []
@@ -77,6 +83,17 @@ def explicit(net: Network) -> onnx.ModelProto:
     return ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="lipconvert"))
 
 
+class _Author(Author):
+    """For verifiers: what every one of them reads, and what runs on a batch of 0 as it is."""
+
+    def wrap(self, x: ir.Value, around: Sequence[tuple[int, int]], grid: Grid) -> ir.Value:
+        for axis, size, (before, after) in zip((2, 3), grid.image, around, strict=True):
+            ends = [slice(size - before, size)] * (before > 0), [slice(0, after)] * (after > 0)
+            first, last = ([self.part(x, pixels, axis) for pixels in end] for end in ends)
+            x = self.concat([*first, x, *last], axis)
+        return x
+
+
 Weight = Callable[[str, Tensor], ir.Value]
 
 
@@ -93,7 +110,9 @@ def _dense(a: Author, chosen: Plan, x: ir.Value, weight: Weight) -> ir.Value:
         return [M for M, _ in found], [z for _, z in found]
 
     for k, block in enumerate(parts):
-        identity = torch.equal(U[block], torch.eye(U.shape[1])[: len(U[block])]) and len(U[block]) == U.shape[1]
+        identity = (
+            torch.equal(U[block], torch.eye(U.shape[1], dtype=U.dtype)[: len(U[block])]) and len(U[block]) == U.shape[1]
+        )
         linear = all(activation.name == "identity" for activation, _ in stage.sigma[block])
         matrices, inputs = read(W[block], (U[block], x), k)
         if identity and linear and len(inputs) == 1 and not bool(b_z[block].any()):
@@ -118,6 +137,7 @@ def _images(a: Author, chosen: Plan, x: ir.Value, weight: Weight) -> ir.Value:
     return convolutions(a, chosen, inputs | {"x": x, "W": weight("W", chosen.W)})
 
 
+@isolated
 def write_vnnlib(
     path: str | Path, x: Tensor, label: int, classes: int, radius: float, box: tuple[float, float] | None = None
 ) -> None:
@@ -128,11 +148,11 @@ def write_vnnlib(
 
     Raises `InvalidParameterError` for a negative or infinite radius, or a label that is none of the classes.
     """
-    if not 0.0 <= radius < math.inf:
-        raise InvalidParameterError("radius", radius, "it must be finite and not negative")
-    if not 0 <= label < classes or classes < 2:
+    radius = number(radius, "radius", "it must be finite and not negative", least=0.0)
+    classes, label = count(classes, "the number of classes of a label", least=2), count(label, "label", least=0)
+    if label >= classes:
         raise InvalidParameterError("label", label, f"there are {classes} classes")
-    pixels = x.detach().double().flatten()
+    pixels = inputs_of(x, "the sample").detach().double().flatten()
     if not pixels.numel() or not bool(torch.isfinite(pixels).all()):
         raise ShapeError("the sample", "finite pixels", tuple(x.shape))
     half = radius / math.sqrt(len(pixels)) * (1.0 - INWARD)
@@ -159,6 +179,7 @@ def _decimal(value: float) -> str:
     return np.format_float_positional(value, trim="0", unique=True)
 
 
+@isolated
 def export_vnnlib(
     net: Network,
     folder: str | Path,
@@ -174,16 +195,32 @@ def export_vnnlib(
 
     ``data``: a map-style data set of (input, label); ``samples``: stop after so many properties. Raises `DataError` where no
     sample is classified correctly, `CheckpointError` for a network without feed-forward form, `ShapeError` where the output
-    is no vector of logits.
+    is no vector of logits, `NotFiniteError` for a sample that is not numbers, `InvalidParameterError` where another process
+    that writes to the folder does not end.
     """
-    target = Path(folder)
     model = explicit(net)
+    with alone(folder, patient=True):
+        return _export(net, model, Path(folder), data, radius, samples, box, timeout)
+
+
+def _export(
+    net: Network,
+    model: onnx.ModelProto,
+    target: Path,
+    data: Any,
+    radius: float,
+    samples: int | None,
+    box: tuple[float, float] | None,
+    timeout: int,
+) -> list[Path]:
     single = copy.deepcopy(net).cpu().float()
     written: list[Path] = []
     for k in range(len(data)):
         if len(written) == samples:
             break
         x, label = data[k]
+        if bad := int((~torch.isfinite(x)).sum()):
+            raise NotFiniteError("the data", bad, x.numel(), [k])
         with torch.no_grad():
             logits = single(x.unsqueeze(0).to("cpu", torch.float32))[0]
         if logits.dim() != 1:

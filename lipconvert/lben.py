@@ -9,6 +9,7 @@ values (FORMULAS 0.6). So L survives every optimiser step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, Activations, activation_of
+from .arguments import count, isolated, make_ordinary, number, plain_tensor, require_ordinary, sizes
 from .construction import assemble, construct
 from .dae import DAE
 from .equilibrium import DEFAULT, Solution, SolverOptions, equilibrium, full_precision, solve
 from .errors import InvalidParameterError, ShapeError
-from .spectrum import Grid, require_finite
+from .integrity import recorded, require_own
+from .spectrum import Grid, from_samples, require_finite
 from .state_map import StateMap, triangular_blocks
 
 
@@ -39,6 +42,7 @@ class _Assembled:
     copies: bool
 
 
+@recorded("options", "name", "_inference", whole=True)
 class LBEN(nn.Module):
     """An L-Lipschitz equilibrium network x (..., p) → y (..., q) with n states, trainable without constraints.
 
@@ -51,7 +55,8 @@ class LBEN(nn.Module):
 
     Parameters: log_psi (n,), G (q, n), U (n, p), V (n, n), S (n, n), b_z (n,), b_y (q,). With an image G, U, V and S are
     real kernels of its size, G (q, n, h, w) and so on (`Grid.kernels`): every value of them is an L-Lipschitz network.
-    Forward raises `ShapeError` for inputs that do not fit and `NotConvergedError`.
+    Forward raises `ShapeError` for inputs that do not fit, `NotFiniteError` for samples that are not numbers and
+    `NotConvergedError`.
     """
 
     log_psi: nn.Parameter
@@ -80,23 +85,19 @@ class LBEN(nn.Module):
         fill: bool = True,
     ) -> None:
         super().__init__()
-        for label, size in (("in_features", in_features), ("states", states), ("out_features", out_features)):
-            if size < 1:
-                raise InvalidParameterError(label, size, "it must be at least 1")
-        if not 0.0 < lipschitz < float("inf"):
-            raise InvalidParameterError("lipschitz", lipschitz, "a Lipschitz constant must be positive and finite")
-        if not 0.0 <= epsilon < float("inf"):
-            raise InvalidParameterError("epsilon", epsilon, "it must be finite and not negative")
+        in_features, states = count(in_features, "in_features"), count(states, "states")
+        out_features = count(out_features, "out_features")
+        lipschitz, epsilon = _constants(lipschitz, epsilon)
         if isinstance(activation, Activations):
             self.sigma = activation
         else:
             self.sigma = Activations(activation_of(activation), states)
         if len(self.sigma) != states:
             raise ShapeError("activations", f"{states} rows", f"{len(self.sigma)} rows")
-        self.lipschitz, self.epsilon = float(lipschitz), float(epsilon)
+        self.lipschitz, self.epsilon = lipschitz, epsilon
         self.options, self.name = options, name
         self.blocks = _blocks((states,) if blocks is None else blocks, states)
-        self.grid = Grid((image, image) if isinstance(image, int) else tuple(image))
+        self.grid = Grid(tuple(image) if isinstance(image, Sequence) else (image, image))
         self.input_shape = (in_features, *self.grid.image)
         shapes = {
             "log_psi": (states,),
@@ -111,6 +112,7 @@ class LBEN(nn.Module):
             setattr(self, key, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._inference: _Assembled | None = None
         self._held: tuple[Tensor, Tensor, Tensor] | None = None
+        self._given: Tensor | None = None
         if fill:
             self.reset_parameters()
 
@@ -122,6 +124,7 @@ class LBEN(nn.Module):
             nn.init.zeros_(bias)
 
     @classmethod
+    @isolated
     def from_dae(cls, dae: DAE, epsilon: float = 0.0, delta: float = 0.0, options: SolverOptions = DEFAULT) -> LBEN:
         """The LBEN with the same function and constant as a DAE, in float64; see `lipconvert.construction.construct`."""
         P = construct(dae, epsilon, delta)
@@ -207,6 +210,8 @@ class LBEN(nn.Module):
         """(W, U, G) as matrices, for each frequency with an image; differentiable."""
         if self._held is not None:
             return self._held
+        if self._given is not None:
+            return self.grid.matrices(self._given), self.grid.matrices(self.U), self.grid.matrices(self.G)
         G, U, V, S = (self.grid.matrices(p) for p in (self.G, self.U, self.V, self.S))
         return assemble(self.Psi, G, U, V, S, self.epsilon, self.lipschitz), U, G
 
@@ -219,18 +224,45 @@ class LBEN(nn.Module):
         finally:
             self._held = None
 
+    def with_W(self, W: Tensor) -> LBEN:
+        """A frozen copy in float64 on the CPU whose W is given instead of rebuilt: z = σ(Wz + Ux + b_z), y = Gz + b_y.
+
+        ``W``: (n, n), or with an image real kernels (n, n, h, w). Its other floats are those of the original to the last bit;
+        V and S have no part in it. For what holds a W of its own, such as a file.
+        """
+        if W.shape != self.S.shape:
+            raise ShapeError(f"W of {self.name!r}", tuple(self.S.shape), tuple(W.shape))
+        stage = copy.deepcopy(self).to("cpu", torch.float64).requires_grad_(False)
+        stage._given = W.detach().to("cpu", torch.float64)
+        return stage
+
+    @property
+    def given(self) -> Tensor | None:
+        """The W of `with_W`, as it was given; None where W is rebuilt from the parameters."""
+        return self._given
+
     def dae(self) -> DAE:
-        """The network as a DAE (float64, detached): W rebuilt in float64, Λ = Ψ⁻¹, V with V′V + εI = H/2 left out."""
+        """The network as a DAE (float64, detached): W rebuilt in float64 (or the one given), Λ = Ψ⁻¹, without V.
+
+        Raises `ModifiedModuleError` where the stage runs something else.
+        """
+        require_own(self, f"stage {self.name!r}")
         with torch.no_grad():
             Psi = self.log_psi.double().exp()
             G, U, V, S = (self.grid.matrices(p.double()) for p in (self.G, self.U, self.V, self.S))
-            return self._with(assemble(Psi, G, U, V, S, self.epsilon, self.lipschitz), U, G, Psi.reciprocal())
+            if self._given is None:
+                W = assemble(Psi, G, U, V, S, self.epsilon, self.lipschitz)
+            else:
+                W = self.grid.matrices(self._given)
+            return self._with(W, U, G, Psi.reciprocal())
 
     def running(self) -> DAE:
         """The floats in use, widened to float64 without rounding: W, U and G as assembled in the module's own precision.
 
-        `dae` rebuilds W in float64; this is what a certificate speaks of. Λ = Ψ⁻¹ is only a multiplier.
+        `dae` rebuilds W in float64; this is what a certificate speaks of. Λ = Ψ⁻¹ is only a multiplier. Raises
+        `ModifiedModuleError` where the stage runs something else.
         """
+        require_own(self, f"stage {self.name!r}")
         with torch.no_grad():
             assembled = self._assembled()
             U = assembled.U.new_zeros(*self.grid.batch, len(self.b_z), self.U.shape[1])
@@ -244,6 +276,11 @@ class LBEN(nn.Module):
     def state_map(self) -> StateMap:
         """z → Wz for the weights as they are, assembled once per change of them; see `refresh`."""
         return self._assembled().map
+
+    def assembled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W, and the rows of U and G, that inference runs with; not to be written to."""
+        assembled = self._assembled()
+        return assembled.map.W, assembled.U, assembled.G
 
     def refresh(self) -> None:
         """Forget the assembled W. Needed only after writing a few entries through ``parameter.data``.
@@ -259,7 +296,9 @@ class LBEN(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LBEN:
         self.refresh()
-        return super()._apply(fn, recurse)
+        with torch.inference_mode(False):  # as of a network
+            make_ordinary(self)
+            return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.refresh()
@@ -299,10 +338,13 @@ class LBEN(nn.Module):
         return u
 
     def _flat(self, x: Tensor) -> Tensor:
-        expected = self.input_shape
+        x, expected = plain_tensor(x, f"the input of {self.name!r}"), self.input_shape
         if x.dim() < len(expected) or tuple(x.shape[-len(expected) :]) != expected:
             sizes = ", ".join(map(str, ("...", *expected)))
             raise ShapeError(f"the input of {self.name!r}", f"({sizes})", tuple(x.shape))
+        if x.dtype != self.b_z.dtype:
+            requirement = f"its parameters are {self.b_z.dtype}: cast one to the other"
+            raise InvalidParameterError(f"the dtype of the input of {self.name!r}", x.dtype, requirement)
         return x.reshape(x.shape[: x.dim() - len(expected)].numel(), *expected)
 
     @property
@@ -311,8 +353,9 @@ class LBEN(nn.Module):
 
     def solve(self, x: Tensor, options: SolverOptions | None = None) -> Solution:
         """The states z of a batch x (B, p, ...), in coordinates, with status, residual and steps per sample; no gradient."""
-        with torch.no_grad():
-            return self._solve(self._flat(x), self._assembled(), options)
+        flat = self._flat(x)
+        with torch.no_grad(), from_samples(flat, f"the input of {self.name!r}"):
+            return self._solve(flat, self._assembled(), options)
 
     def _solve(self, x: Tensor, assembled: _Assembled, options: SolverOptions | None = None) -> Solution:
         u = self.drive(x, assembled)
@@ -327,25 +370,29 @@ class LBEN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y = Gz + b_y: (..., p) → (..., q), or (..., p, h, w) → (..., q, h, w). Autocast changes nothing here."""
         flat = self._flat(x)
+        with from_samples(flat, f"the input of {self.name!r}"):
+            y = self._forward(flat)
+        return y.reshape(*x.shape[: x.ndim - len(self.input_shape)], *y.shape[1:])
+
+    def _forward(self, flat: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             assembled = self._assembled()
-            y = self.readout(self._solve(flat, assembled).value, assembled)
+            return self.readout(self._solve(flat, assembled).value, assembled)
+        require_ordinary(self, f"stage {self.name!r}")
+        if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
+            W, U, G = self.matrices()
+            map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid, kept=False)
         else:
-            if any(p.requires_grad for p in (self.log_psi, self.G, self.U, self.V, self.S)):
-                W, U, G = self.matrices()
-                map = StateMap(W, self.blocks, self.Psi.detach().reciprocal(), grid=self.grid, kept=False)
-            else:
-                assembled = self._assembled()
-                map, U, G = assembled.map, self.grid.matrices(self.U), assembled.G
-                W = map.W
-            u = self.grid.affine(U, self.grid.coordinates(flat), self.b_z)
-            z = equilibrium(W, u, self.sigma, map, self.options, self._where)
-            y = self.grid.values(self.grid.affine(G, z, self.b_y)).contiguous()
-        return y.reshape(*x.shape[: x.dim() - len(self.input_shape)], *y.shape[1:])
+            assembled = self._assembled()
+            map, U, G = assembled.map, self.grid.matrices(self.U), assembled.G
+            W = map.W
+        u = self.grid.affine(U, self.grid.coordinates(flat), self.b_z)
+        z = equilibrium(W, u, self.sigma, map, self.options, self._where)
+        return self.grid.values(self.grid.affine(G, z, self.b_y)).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a file of the whole module takes along: not the assembled W."""
-        return {**self.__dict__, "_inference": None, "_held": None}
+        """What a copy or a file of the whole module takes along: not the assembled W, and no compiled call."""
+        return {**super().__getstate__(), "_inference": None, "_held": None}
 
     def get_extra_state(self) -> dict[str, Any]:
         """L, ε, σ and the blocks travel with the state dict: without them the tensors are another network."""
@@ -359,11 +406,9 @@ class LBEN(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         runs: Sequence[tuple[str, int]] = state["activations"]
         sigma, blocks = Activations.of((name, size) for name, size in runs), _blocks(state["blocks"], len(self.b_z))
-        lipschitz, epsilon = float(state["lipschitz"]), float(state["epsilon"])
+        lipschitz, epsilon = _constants(state["lipschitz"], state["epsilon"])
         if len(sigma) != len(self.b_z):
             raise ShapeError("the activations of an LBEN", f"{len(self.b_z)} rows", f"{len(sigma)} rows")
-        if not (0.0 < lipschitz < float("inf") and 0.0 <= epsilon < float("inf")):
-            raise InvalidParameterError("L, ε of the extra state", (lipschitz, epsilon), "L > 0 and ε ≥ 0 are needed")
         self.lipschitz, self.epsilon, self.sigma, self.blocks = lipschitz, epsilon, sigma, blocks
         self.refresh()
 
@@ -393,8 +438,14 @@ def _require_real_kernels(dae: DAE, V: Tensor) -> None:
             )
 
 
-def _blocks(sizes: Sequence[int], states: int) -> tuple[int, ...]:
-    blocks = tuple(int(size) for size in sizes)
-    if sum(blocks) != states or any(size < 1 for size in blocks):
+def _constants(lipschitz: float, epsilon: float) -> tuple[float, float]:
+    """(L, ε) as floats, L > 0 and ε ≥ 0."""
+    L = number(lipschitz, "lipschitz", "a Lipschitz constant must be positive and finite", above=0.0)
+    return L, number(epsilon, "epsilon", "it must be finite and not negative", least=0.0)
+
+
+def _blocks(given: Sequence[int], states: int) -> tuple[int, ...]:
+    blocks = sizes(given, "the blocks of an LBEN", f"positive sizes that add up to {states}")
+    if sum(blocks) != states:
         raise ShapeError("the blocks of an LBEN", f"positive sizes that add up to {states}", blocks)
     return blocks

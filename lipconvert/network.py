@@ -4,36 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import inputs_of, make_ordinary, number, sizes
 from .equilibrium import SolverOptions
 from .errors import InvalidParameterError, NoCertificateError, ShapeError
-from .glue import core_lipschitz
+from .glue import applied, core_lipschitz, may_write
+from .integrity import recorded
 from .lben import LBEN
 from .schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
+from .spectrum import from_samples
+
+# What an input shape is.
+SAMPLE = "positive sizes of one sample, such as (1, 28, 28)"
 
 
+def passed(step: nn.Module, x: Tensor) -> Tensor:
+    """What a step makes of x; x stays as it is, and with it the caller's input, whatever the step does in place."""
+    return step(x) if isinstance(step, LBEN) else applied(step, x.clone() if may_write(step) else x)
+
+
+@recorded("class_names", "provenance", "training_summary", whole=True)
 class Network(nn.Module):
     """Steps in order: `LBEN` stages, and glue modules of known Lipschitz constant.
 
     ``steps``: all modules; ``stages``: the LBEN among them; ``lipschitz``: the product of all their constants, L of the
     network from input to output; ``input_shape`` of one sample. ``glue_lipschitz``: for each step None, or the constant of
-    glue the core does not know; that of its own glue is read off the module whenever it is asked for. Glue is frozen.
+    glue the core does not know; that of its own glue is read off the module whenever it is asked for. ``glue_rounding``: for
+    each step None, or (a, b) of glue the core does not know: evaluated with unit roundoff u it errs by at most u(a + b‖x‖₂);
+    without it nothing is certified. Glue is frozen, and in eval mode whatever the network's.
     ``class_names``, ``provenance`` (set by `convert`) and ``training_summary`` go into checkpoints with it.
-    Raises `ShapeError` for inputs that do not fit, `NotConvergedError` from the stages.
+    Raises `ShapeError` for inputs that do not fit, `NotFiniteError` naming samples that are not numbers, `NotConvergedError`
+    from the stages.
     """
 
     def __init__(
-        self, steps: Sequence[nn.Module], glue_lipschitz: Sequence[float | None], input_shape: Sequence[int]
+        self,
+        steps: Sequence[nn.Module],
+        glue_lipschitz: Sequence[float | None],
+        input_shape: Sequence[int],
+        glue_rounding: Sequence[tuple[float, float] | None] | None = None,
     ) -> None:
         super().__init__()
-        if len(steps) != len(glue_lipschitz):
-            raise ShapeError("glue_lipschitz", f"{len(steps)} entries", f"{len(glue_lipschitz)} entries")
+        glue_rounding = [None] * len(steps) if glue_rounding is None else glue_rounding
+        for name, given in (("glue_lipschitz", glue_lipschitz), ("glue_rounding", glue_rounding)):
+            if len(steps) != len(given):
+                raise ShapeError(name, f"{len(steps)} entries", f"{len(given)} entries")
         self.steps = nn.ModuleList(steps)
-        self.glue_lipschitz = tuple(None if g is None else float(g) for g in glue_lipschitz)
-        self.input_shape = tuple(int(size) for size in input_shape)
+        self.glue_lipschitz = tuple(None if g is None else number(g, "glue_lipschitz") for g in glue_lipschitz)
+        self.glue_rounding = tuple(
+            None if g is None else (number(g[0], "glue_rounding"), number(g[1], "glue_rounding")) for g in glue_rounding
+        )
+        self.input_shape = sizes(input_shape, "input_shape", SAMPLE)
         self.class_names: tuple[str, ...] = ()
         self.provenance: Provenance | None = None
         self.training_summary: TrainingSummary | None = None
@@ -41,7 +66,15 @@ class Network(nn.Module):
             if not 0.0 < L < math.inf:
                 raise NoCertificateError(type(step).__name__, f"its Lipschitz constant is {L}")
             if not isinstance(step, LBEN):
-                step.requires_grad_(False)
+                step.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Network:
+        """Set the mode of the stages; glue stays in eval mode, of which its constant is."""
+        super().train(mode)
+        for step in self.steps:
+            if not isinstance(step, LBEN):
+                step.eval()
+        return self
 
     @property
     def stages(self) -> list[LBEN]:
@@ -61,19 +94,40 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters, or of the numbers of glue where there are none."""
-        numbers = (t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
-        return next(numbers, torch.float64)
+        """The dtype of all numbers of all steps; float64 where there are none. Raises `InvalidParameterError` for several."""
+        return self._common("dtype", torch.float64)
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        """The device of all numbers of all steps, else the CPU. Raises `InvalidParameterError` for several."""
+        return self._common("device", torch.device("cpu"))
+
+    def _common(self, what: str, default: Any) -> Any:
+        found, first = default, -1
+        for k, step in enumerate(self.steps):
+            for tensor in (*step.parameters(), *step.buffers()):
+                if not tensor.is_floating_point():
+                    continue
+                if first < 0:
+                    found, first = getattr(tensor, what), k
+                elif getattr(tensor, what) != found:
+                    name = step.name if isinstance(step, LBEN) else type(step).__name__
+                    raise InvalidParameterError(
+                        f"the {what} of step {k} ({name!r})",
+                        getattr(tensor, what),
+                        f"that of step {first} is {found}: a network is cast and moved as a whole, as by net.float()",
+                    )
+        return found
 
     @property
     def lipschitz(self) -> float:
         """L: the product of the constants of all steps."""
         return math.prod(self.step_lipschitz)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Network:
+        with torch.inference_mode(False):  # a network that is cast in inference mode can be trained on
+            make_ordinary(self)
+            return super()._apply(fn, recurse)
 
     def set_options(self, options: SolverOptions) -> Network:
         """Solve all stages with these options; returns the network."""
@@ -81,37 +135,43 @@ class Network(nn.Module):
             stage.options = options
         return self
 
-    def checked(self, x: Tensor) -> Tensor:
-        """A batch (B, *input_shape) in the network's dtype. Raises `ShapeError`, `InvalidParameterError` for integers."""
+    def checked(self, x: Any) -> Tensor:
+        """A batch (B, *input_shape) in the network's dtype: the one place where inputs are admitted (`inputs_of`).
+
+        Raises `ShapeError`, and `InvalidParameterError` for what are no floats of an ordinary tensor or array.
+        """
+        x = inputs_of(x, "the input of the network")
         if tuple(x.shape[1:]) != self.input_shape or x.dim() < 1:
             shape = ", ".join(["B", *map(str, self.input_shape)])
             raise ShapeError(
                 "the input of the network", f"({shape})", tuple(x.shape), "The first dimension is the batch."
             )
-        if not x.is_floating_point():
-            raise InvalidParameterError(
-                "the dtype of the input", x.dtype, "pixels must be floats (in [0, 1], not 0..255)"
-            )
         return x.to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, *input_shape) -> (B, q)
         """The output for a batch, in the network's dtype (the input is cast to it)."""
-        x = self.checked(x)
-        for step in self.steps:
-            x = step(x)
+        given = x = self.checked(x)
+        with from_samples(given, "the input of the network"):
+            for step in self.steps:
+                x = passed(step, x)
+        if x.dim() < 1 or len(x) != len(given):
+            raise ShapeError(
+                "the output of the network", f"({len(given)}, ...)", tuple(x.shape), "Glue mixes the samples."
+            )
         return x
 
     def methods(self, x: Tensor) -> list[str]:
-        """Which solver each stage takes for a batch, in order."""
+        """Which solver each stage takes for a batch, in order; the batch, and what is raised, as for `forward`."""
         found = []
         with torch.no_grad():
+            x = self.checked(x)
             for step in self.steps:
                 if isinstance(step, LBEN):
                     solution = step.solve(x)
                     found.append(solution.method)
                     x = step.readout(solution.value)
                 else:
-                    x = step(x)
+                    x = passed(step, x)
         return found
 
     def info(self) -> NetworkInfo:

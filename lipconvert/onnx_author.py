@@ -101,6 +101,15 @@ class Author:
         """The values in another shape; −1: what is left, 0: as it is."""
         return self("Reshape", x, self.ints(*shape))
 
+    def wrap(self, x: ir.Value, around: Sequence[tuple[int, int]], grid: Grid) -> ir.Value:
+        """Images with pixels of the opposite side (before, after) them in both directions.
+
+        onnxruntime refuses B = 0 here (see `lipconvert.onnx_graph.build`); a Concat of slices would take it, and more time.
+        """
+        del grid
+        (top, bottom), (left, right) = around
+        return self("Pad", x, self.ints(0, 0, top, left, 0, 0, bottom, right), mode="wrap")
+
     def activate(self, activation: Activation, v: ir.Value) -> ir.Value:
         """σ(v), of operators that onnxruntime has in float64 too."""
         a = activation.parameter
@@ -315,14 +324,15 @@ class Frequencies(Columns):
         """(F, n, 2, k) → (F, 2n, k)."""
         a = self.author
         rows = a("Mul", a("Shape", X, start=1, end=2), a.ints(2))
-        return a("Reshape", X, a.concat([a("Shape", X, end=1), rows, a("Shape", X, start=-1)], 0))
+        # allowzero: a dimension of 0 is one of no samples, not one to be copied
+        return a("Reshape", X, a.concat([a("Shape", X, end=1), rows, a("Shape", X, start=-1)], 0), allowzero=1)
 
     def lower(self, Z: ir.Value) -> ir.Value:
         """Columns → (B, n, h, w)."""
         a, h, half = self.author, self.h, self.half
         states = a("Div", a("Shape", Z, start=1, end=2), a.ints(2))
         shape = a.concat([a.ints(h * half), states, a.ints(2), a("Shape", Z, start=-1)], 0)
-        x = a("Transpose", a("Reshape", Z, shape), perm=[3, 1, 2, 0])
+        x = a("Transpose", a("Reshape", Z, shape, allowzero=1), perm=[3, 1, 2, 0])
         x = a.reshape(x, 0, 0, 2 * h, half)
         cos, sin = self._waves(h, range(h), h)
         x = a("MatMul", a.real(np.block([[cos, -sin], [sin, cos]]) / h), x)

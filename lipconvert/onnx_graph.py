@@ -31,7 +31,7 @@ from .accuracy import FARTHEST, REACH
 from .activations import Activations, MaxMin, activation_of, is_activation
 from .bounds import output_shape
 from .errors import CheckpointError
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels
+from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, pair
 from .lben import LBEN
 from .network import Network
 from .onnx_author import DOMAIN, DTYPES, OPSET, Author, Columns, Frequencies, Kernel, next_to_one
@@ -215,10 +215,8 @@ def _convolved(
     for axis, wanted, stored in ((2, shape[0], kernel.rows), (3, shape[1], kernel.columns)):
         if tuple(wanted) != tuple(stored):
             K = a("Gather", K, a.ints(*(stored.index(offset) for offset in wanted)), axis=axis)
-    pads = (0, 0, -shape[0].start, -shape[1].start, 0, 0, shape[0].stop - 1, shape[1].stop - 1)
-    if any(pads):
-        x = a("Pad", x, a.ints(*pads), mode="wrap")
-    return a("Conv", x, K)
+    around = [(-offsets.start, offsets.stop - 1) for offsets in shape]
+    return a("Conv", a.wrap(x, around, grid) if any(map(any, around)) else x, K)
 
 
 def on_channels(a: Author, sigma: Activations, v: ir.Value) -> ir.Value:
@@ -482,8 +480,7 @@ def glue(
         return a.reshape(x, 0, *output_shape(step, shape))
     if isinstance(step, MeanPool | nn.AvgPool2d):
         c, h, w = shape
-        size = step.kernel_size
-        kh, kw = size if isinstance(size, tuple) else (size, size)
+        kh, kw = pair(step.kernel_size)
         divisor = kh if isinstance(step, MeanPool) else step.divisor_override or kh * kw
         h_out, w_out = output_shape(step, shape)[1:]
         if (h_out * kh, w_out * kw) != (h, w):  # torch leaves out what does not fill a window
@@ -525,6 +522,14 @@ def build(
 
     x = entry = ir.Value(name=INPUT, type=ir.TensorType(DTYPES[net.dtype]), shape=ir.Shape(["batch", *shape]))
     functions, residuals = [], []
+    # onnxruntime refuses to wrap images where B = 0: one of zeros takes their place, and is cut from what comes out.
+    count = None
+    if any(plan.how.method == "convolutions" for plan in plans.values()):
+        none = np.zeros(2 * len(shape) + 2, dtype=np.int64)
+        count, one = a("Shape", entry, end=1), none.copy()
+        one[len(shape) + 1] = 1
+        x = a("Pad", entry, a("Where", a("Equal", count, a.ints(0)), a.constant(one), a.constant(none)))
+
     for k, step in enumerate(net.steps):
         following = output_shape(step, shape)
         if isinstance(step, LBEN):
@@ -544,6 +549,8 @@ def build(
         else:
             x = glue(a, step, x, shape, lambda name, k=k: initializer(f"steps.{k}.{name}"))
         shape = following
+    if count is not None:
+        x = a("Slice", x, a.ints(0), count, a.ints(0))
     if x is entry or x.producer() is None:
         x = a("Identity", x)
     x.name, x.type, x.shape = LOGITS, ir.TensorType(DTYPES[net.dtype]), ir.Shape(["batch", *shape])
@@ -551,6 +558,8 @@ def build(
     if RESIDUAL in outputs:
         columns = [a("Unsqueeze", r, a.ints(1)) for r in residuals]
         worst = a("ReduceMax", a.concat(columns, 1), a.ints(1), keepdims=0)
+        if count is not None:
+            worst = a("Slice", worst, a.ints(0), count, a.ints(0))
         worst.name, worst.type, worst.shape = RESIDUAL, ir.TensorType(DTYPES[net.dtype]), ir.Shape(["batch"])
         results.append(worst)
     if RADIUS in outputs:

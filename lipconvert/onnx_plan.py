@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .accuracy import ABSOLUTE, ELEMENTARY, Road
+from .dae import DAE
 from .equilibrium import SolverOptions, solve
 from .errors import CheckpointError, NotPSDError
 from .lben import LBEN
@@ -36,9 +37,16 @@ TOLERANCE, STOP = {torch.float32: 4e-6, torch.float64: 1e-12}, 0.25
 # A residual of ‖I − AR‖ for which refining a product with R once is as good as solving with A.
 INVERSE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
+# Share by which a norm that is stated is above the one found here.
+OUTWARDS = 1e-6
+
 # Sweeps, and Peaceman-Rachford steps, beyond which no such graph is written; how many times as many as a few inputs needed
 # a graph may take.
 MOST_SWEEPS, MOST_STEPS, SPARE = 100, 4000, 10
+
+# Newton-Schulz steps beyond which an inverse is refused: each doubles the digits, after one for each binary digit of the
+# condition number.
+MOST_INVERSE = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +64,11 @@ class Plan:
         stage = self.stage
         W = stage.grid.matrices(full_kernels(self.W, self.origin, stage.grid))
         return StateMap(W, stage.blocks, stage.log_psi.detach().neg().exp().cpu(), grid=stage.grid)
+
+    @cached_property
+    def exact(self) -> LBEN:
+        """The stage of the floats that are stored, its W too (`LBEN.with_W`): what is proved, and what errors refer to."""
+        return self.stage.with_W(full_kernels(self.W, self.origin, self.stage.grid))
 
     @cached_property
     def kept(self) -> Tensor:
@@ -85,7 +98,8 @@ def plan(stage: LBEN, name: str, W: Tensor, origin: tuple[int, int]) -> Plan:
     map, dtype = draft.map, stage.b_z.dtype
 
     def chosen(method: GraphMethod, skipped: float = 0.0, **given: Any) -> Plan:
-        how = GraphEntry(function=name, method=method, skipped=skipped, **given)
+        # a bound that is still one where it is added up in another order
+        how = GraphEntry(function=name, method=method, skipped=skipped * (1.0 + OUTWARDS), **given)
         return Plan(how, stage, W, origin)
 
     if map.remainder <= TOLERANCE[dtype]:  # but for what rebuilding W has rounded
@@ -93,11 +107,62 @@ def plan(stage: LBEN, name: str, W: Tensor, origin: tuple[int, int]) -> Plan:
     until = {"tolerance": TOLERANCE[dtype]}
     sweeps = _steps(stage, map, SolverOptions("sweep", max_steps=MOST_SWEEPS, throw=False)) if _contracts(map) else None
     if sweeps is not None:
-        return chosen("sweeps", map.remainder, max_steps=max(100, SPARE * sweeps), **until)
+        return chosen("sweeps", map.remainder, max_steps=_most(sweeps), **until)
     alpha, steps = _splitting_step(stage, map)
-    return chosen(
-        "splitting", max_steps=max(100, SPARE * steps), alpha=alpha, inverse_steps=_inverse_steps(map, alpha), **until
-    )
+    inverse_steps = _inverse_steps(map, alpha)
+    return chosen("splitting", max_steps=_most(steps), alpha=alpha, inverse_steps=inverse_steps, **until)
+
+
+def flaw(chosen: Plan, own: Plan) -> str:
+    """Why a stage may not be written as ``chosen``, empty if it may; ``own``: the plan made here, from the same floats.
+
+    Another machine, or another version, may count a step more or take another α. What has to hold is what makes the answers
+    right: nothing is left out but what error bounds and the tolerance allow for, the iteration contracts, its steps suffice.
+    """
+    how, stage, map, dtype = chosen.how, chosen.stage, chosen.map, chosen.stage.b_z.dtype
+    if how == own.how:
+        return ""
+    said = GraphEntry(function=own.how.function, method=how.method, skipped=how.skipped)
+    if how.method in STRAIGHT:
+        conditions = {
+            f"W above its blocks has norm {map.remainder:.1e}, {TOLERANCE[dtype]:g} may be left out": (
+                map.remainder <= TOLERANCE[dtype]
+            ),
+            "convolutions are of images in float32": (
+                how.method == "substitution" or (bool(stage.grid) and dtype is torch.float32)
+            ),
+            "it has no loop": how == said,
+        }
+    else:
+        conditions = {f"the tolerance of a loop is {TOLERANCE[dtype]:g}": how.tolerance == TOLERANCE[dtype]}
+        options = None
+        if how.method == "sweeps":
+            conditions["sweeps contract"] = _contracts(map)
+            conditions["they have no step α"] = (how.alpha, how.inverse_steps) == (said.alpha, said.inverse_steps)
+            options = SolverOptions("sweep", max_steps=MOST_SWEEPS, throw=False)
+        else:
+            conditions[f"α = {how.alpha:g} has a proximal map"] = how.alpha == 1.0 or _closed(stage)
+            conditions["nothing of W is left out"] = how.skipped == 0.0
+            if 1e-3 <= how.alpha <= 1e3:  # beyond, no α of a monotone map is
+                conditions["Newton-Schulz steps suffice"] = (
+                    _inverse_steps(map, how.alpha) <= how.inverse_steps <= MOST_INVERSE
+                )
+                options = SolverOptions("peaceman_rachford", max_steps=MOST_STEPS, throw=False, alpha=how.alpha)
+        if all(conditions.values()):
+            steps = None if options is None else _steps(stage, map, options)
+            wanted = None if steps is None else _most(steps)
+            conditions[f"at some input {steps} steps are needed, and a graph has about {wanted}"] = (
+                wanted is not None and 0.5 * wanted <= how.max_steps <= 2.0 * wanted
+            )
+    if how.method != "splitting":
+        conditions[f"what is left out has norm {map.remainder:.3e}"] = map.remainder <= how.skipped <= 1.0
+    conditions[f"its function is {own.how.function}"] = how.function == own.how.function
+    return "; ".join(reason for reason, holds in conditions.items() if not holds)
+
+
+def _most(steps: int) -> int:
+    """The steps that a graph may take where a few inputs needed so many."""
+    return max(100, SPARE * steps)
 
 
 def stored_W(stage: LBEN) -> tuple[Tensor, tuple[int, int]]:
@@ -181,9 +246,8 @@ def _steps(stage: LBEN, map: StateMap, options: SolverOptions) -> int | None:
 
 def _splitting_step(stage: LBEN, map: StateMap) -> tuple[float, int]:
     """(α, steps): the better of the map's two steps on a few inputs, 1 where σ has no closed proximal map."""
-    closed = all(activation.name in CLOSED for activation, _ in stage.sigma)
     trials = []
-    for alpha in dict.fromkeys(map.splitting_steps if closed else (1.0,)):
+    for alpha in dict.fromkeys(map.splitting_steps if _closed(stage) else (1.0,)):
         options = SolverOptions("peaceman_rachford", max_steps=MOST_STEPS, throw=False, alpha=alpha)
         if (steps := _steps(stage, map, options)) is not None:
             trials.append((steps, alpha))
@@ -199,6 +263,11 @@ def _splitting_step(stage: LBEN, map: StateMap) -> tuple[float, int]:
     return alpha, steps
 
 
+def _closed(stage: LBEN) -> bool:
+    """Whether prox_{αf} of all its σ is known for every α."""
+    return all(activation.name in CLOSED for activation, _ in stage.sigma)
+
+
 def _inverse_steps(map: StateMap, alpha: float) -> int:
     """How many Newton-Schulz steps R ← R(2I − AR) make R the inverse of A = I + α(I − W) to `INVERSE`."""
     eye = torch.eye(map.states, dtype=map.W.dtype, device=map.W.device)
@@ -206,7 +275,7 @@ def _inverse_steps(map: StateMap, alpha: float) -> int:
     size = A.real.abs() + A.imag.abs() if A.is_complex() else A.abs()  # sums of the real form that the graph has
     R = A.mH / (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).reshape(*map.grid.batch, 1, 1)
     wanted = INVERSE[eye.real.dtype]
-    for step in range(200):
+    for step in range(MOST_INVERSE):
         defect = eye - A @ R
         if float(torch.linalg.matrix_norm(defect).amax()) <= wanted:
             return step
@@ -214,31 +283,36 @@ def _inverse_steps(map: StateMap, alpha: float) -> int:
     raise NotPSDError("I + α(I - W)", 0.0, wanted)
 
 
-def road(chosen: Plan) -> Road:
-    """What the sums of the graph add up, for error bounds (`lipconvert.accuracy`): IEEE sums in any order, no TF32."""
+def road(chosen: Plan, exact: DAE) -> Road:
+    """What the sums of the graph add up, for error bounds (`lipconvert.accuracy`): IEEE sums in any order, no TF32.
+
+    ``exact``: what errors are measured from; the graph runs the stored W, U and G, which may be off it.
+    """
     stage = chosen.stage
-    u, grid, running = unit_roundoff(stage.b_z.dtype), stage.grid, stage.running()
+    u, grid = unit_roundoff(stage.b_z.dtype), stage.grid
     more = len(stage.blocks) + 8  # partial sums, bias
     smooth = sum(size for activation, size in stage.sigma if activation.name in ABSOLUTE)
     rest = {
-        "skipped": norm_bound(running.W.masked_fill(chosen.kept, 0.0)),
+        "skipped": norm_bound(exact.W.masked_fill(chosen.kept, 0.0)),
         "tolerance": chosen.how.tolerance,
         "absolute": ELEMENTARY * u * (smooth * grid.pixels) ** 0.5,
     }
-    none = torch.zeros((), dtype=torch.float64)
     if not grid:
-        T, U, G = running.W.abs() * chosen.kept, running.U.abs(), running.G.abs()
+        W, U, G = (M.detach().double() for M in (chosen.W, stage.U, stage.G))
+        # the subtraction rounds
+        off = [(M - N).abs() * SLACK for M, N in ((W, exact.W), (U, exact.U), (G, exact.G))]
+        T, U, G = W.abs() * chosen.kept, U.abs(), G.abs()
         counts = ((T != 0).sum(-1) + (U != 0).sum(-1) + more, (G != 0).sum(-1) + more)
-        return Road(T, U, G, counts, (none, none, none), eta=0.0, **rest)
+        return Road(T, U, G, counts, (off[0], off[1], off[2]), eta=0.0, **rest)
     kernels = [
         full_kernels(chosen.W, chosen.origin, grid).double(),
         stage.U.detach().double(),
         stage.G.detach().double(),
     ]
-    spectra = (running.W, running.U, running.G)
+    spectra = (exact.W, exact.U, exact.G)
     sums = [K.abs().sum((2, 3)) for K in kernels]
     floors = [noise(K) for K in kernels]
-    # off the spectra in use: those of the kernels themselves, and what is taken for noise
+    # off the exact spectra: those of the kernels themselves, and what is taken for noise
     blurs = [
         grid.matrices_error(K, M) + K.abs().where(K.abs() <= floor, 0.0).sum((2, 3)) + floor
         for K, M, floor in zip(kernels, spectra, floors, strict=True)
@@ -254,8 +328,8 @@ def road(chosen: Plan) -> Road:
     along, across = gamma(w + 4, u) * (w + 2) ** 0.5, gamma(2 * h + 4, u) * (2.0 * h) ** 0.5
     eta = SLACK * (along + across * (1.0 + along))
     blurs = [blur + each * S for blur, S in zip(blurs, sums, strict=True)]
-    T, U, G = (running.W * chosen.kept).abs(), running.U.abs(), running.G.abs()
-    count = operations(1, running.W)
+    T, U, G = (exact.W * chosen.kept).abs(), exact.U.abs(), exact.G.abs()
+    count = operations(1, exact.W)
     counts = (
         count * ((T != 0).sum(-1).amax(0) + (U != 0).sum(-1).amax(0) + more),
         count * ((G != 0).sum(-1).amax(0) + more),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .certify import RADII
+from .escaping import printable
 from .files import whole
 from .schema import DemoRow, FinetuneReport, RobustnessReport
 
@@ -45,6 +46,7 @@ VARIABLES = {
 }
 
 BINS = 60
+LONGEST = 40  # characters of a name in a legend
 VIEW = 1.5  # what a curve does far beyond the radii asked for is not shown: up to this times the greatest
 
 
@@ -100,23 +102,28 @@ def plot_certified_accuracy(rows: Sequence[DemoRow], path: str | Path, title: st
     with _look():
         figure, axes = _axes(WIDE, "radius ε (l2, pixels in [0, 1])", "certified accuracy (%)")
         # The legend reads as the curves lie.
-        ranked = sorted(rows, key=lambda row: sum(row.robustness.methods[-1].curve_accuracy), reverse=True)
-        order = {row.architecture: k for k, row in enumerate(rows)}
-        for row in ranked:
-            k = order[row.architecture]
-            axes.plot(
+        ranked = sorted(
+            enumerate(rows), key=lambda pair: sum(pair[1].robustness.methods[-1].curve_accuracy), reverse=True
+        )
+        lines = []
+        for k, row in ranked:
+            lines += axes.plot(
                 row.robustness.curve_radii,
                 _percent(row.robustness.methods[-1].curve_accuracy),
                 color=COLOURS[k % len(COLOURS)],
                 linestyle=STYLES[k % len(STYLES)],
                 linewidth=1.7,
-                label=row.architecture,
             )
         axes.set_xlim(0.0, max(max(row.robustness.curve_radii) for row in rows))
         axes.set_ylim(0.0, 100.0)
         _uprights(axes, WIDE, {radius: radius_name(radius) for radius in RADII})
         axes.set_title(title, fontsize=11, pad=18)
-        axes.legend(framealpha=1.0, edgecolor="none", fontsize=9, handlelength=3.2)
+        names = [row.architecture for _, row in ranked]
+        # As they are: by themselves, labels from "_" on are left out, and what is between two $ is a formula.
+        names = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in map(printable, names)]
+        legend = axes.legend(lines, names, framealpha=1.0, edgecolor="none", fontsize=9, handlelength=3.2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         _write(figure, path)
 
 

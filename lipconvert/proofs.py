@@ -7,17 +7,22 @@ in exact arithmetic. H ≻ 0 also gives (3), so a unique equilibrium exists (Pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .arguments import isolated, number
 from .conditions import strict_multiplier
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError
 from .rounding import SLACK, UNDERFLOW, exceeds, gamma, operations, root_power
 from .spectrum import DENSE, Grid, hermitian, least_eigenvalue
+
+if TYPE_CHECKING:
+    from .lben import LBEN
 
 # The inflations at which a constant is tried: 0 for networks strictly inside (10), then 10⁻⁶ as DESIGN has it; float32
 # weights, whose rounding violates (10) by 10⁻⁷, need one or two more.
@@ -72,9 +77,23 @@ class Enclosure:
     radius_G: Tensor | None = None
 
     @classmethod
+    @isolated
     def of(cls, dae: DAE) -> Enclosure:
         """The DAE's own floats, nothing around them; on the CPU, where proofs are made."""
         return cls(dae.W.cpu(), dae.U.cpu(), dae.G.cpu(), dae.grid)
+
+    @classmethod
+    def of_stage(cls, stage: LBEN) -> Enclosure:
+        """The floats that a stage runs; with an image also the exact spectra of its kernels U and G, and of a given W.
+
+        Those are within the radii of the spectra in use (`Grid.matrices_error`).
+        """
+        E = cls.of(stage.running())
+        if not stage.grid:
+            return E
+        radius_U, radius_G = (stage.grid.matrices_error(K, M) for K, M in ((stage.U, E.U), (stage.G, E.G)))
+        radius_W = None if stage.given is None else stage.grid.matrices_error(stage.given, E.W)
+        return replace(E, radius_W=radius_W, radius_U=radius_U, radius_G=radius_G)
 
     @property
     def states(self) -> int:
@@ -161,6 +180,7 @@ class Enclosure:
         return H, d, error
 
 
+@isolated
 def prove_lmi(dae: DAE | Enclosure, Lambda: Tensor | None = None, lipschitz: float | None = None) -> Proof | NotProved:
     """Prove H(Λ, L) ≻ 0, condition (4), for these very floats; Λ and L default to the DAE's own.
 
@@ -179,6 +199,7 @@ def prove_lmi(dae: DAE | Enclosure, Lambda: Tensor | None = None, lipschitz: flo
     return _not_proved(H, error, L, f"H(Λ, L) at L = {L:.9g}")
 
 
+@isolated
 def prove_constant(dae: DAE, enclosure: Enclosure | None = None) -> Proof | NotProved:
     """The DAE's own L, proved at L(1 + δ) for the least δ of `DELTAS` that has a proof, by Λ or the strict multiplier Λ_δ.
 
@@ -196,6 +217,7 @@ def prove_constant(dae: DAE, enclosure: Enclosure | None = None) -> Proof | NotP
     return _not_proved(H, error, L, f"H(Λ, L) of {dae.name!r}, up to L = {L:.9g}")
 
 
+@isolated
 def prove_monotone(dae: DAE | Enclosure, metric: Tensor) -> float:
     """A proved μ ≥ 0 with X(P) = 2P − PW − W′P ⪰ 2μP for a diagonal metric P (n,); 0 where there is no proof.
 
@@ -208,16 +230,25 @@ def prove_monotone(dae: DAE | Enclosure, metric: Tensor) -> float:
     gauged = P / d / d
     root = gauged.rsqrt()
     estimate = 0.5 * _least_of_definite(root.unsqueeze(-1) * X * root)
-    for share in (0.999, 0.9, 0.5):
-        mu = share * estimate
-        if mu <= 0.0:
-            break
-        shifted = X.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).sub_(2.0 * mu * gauged)
-        # the subtraction and the product before it round
-        if exceeds(shifted, error + 2.0**-50 * (float(X.abs().amax()) + 4.0 * mu)):
-            return mu
-    return 0.0
+    shares = (share * estimate for share in (0.999, 0.9, 0.5))
+    return next((mu for mu in shares if mu > 0.0 and _exceeds_in(X, gauged, error, mu)), 0.0)
+
+
+def proves_monotone(dae: DAE | Enclosure, metric: Tensor, mu: float) -> bool:
+    """Whether X(P) ⪰ 2μP is proved for a given μ > 0 and diagonal metric P (n,); see `prove_monotone`."""
+    enclosure, P, _ = _arguments(dae, metric, 1.0)
+    X, d, error = enclosure.lmi(P, None, "")
+    return 0.0 < mu < float("inf") and _exceeds_in(X, P / d / d, error, mu)
+
+
+def _exceeds_in(X: Tensor, P: Tensor, error: float, mu: float) -> bool:
+    """Whether every matrix within ``error`` of X is ≻ 2μP: proved, or False. In the gauge of `Enclosure.lmi`."""
+    if 0 in X.shape:
+        return True
+    shifted = X.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(2.0 * mu * P)
+    # the subtraction and the product before it round
+    return exceeds(shifted, error + 2.0**-50 * (float(X.abs().amax()) + 4.0 * mu))
 
 
 def _least_of_definite(A: Tensor) -> float:
@@ -236,6 +267,7 @@ def _least_of_definite(A: Tensor) -> float:
     return float(torch.linalg.eigvalsh(V.mH @ A @ V).amin())
 
 
+@isolated
 def prove_gains(
     enclosure: Enclosure, Q: Tensor, rows: Tensor, radius: Tensor | None = None, parts: str = "U"
 ) -> tuple[Tensor, Tensor]:
@@ -309,7 +341,11 @@ def _solved(
 def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | None) -> tuple[Enclosure, Tensor, float]:
     if isinstance(dae, DAE):
         Lambda = dae.Lambda if Lambda is None else Lambda
-        L = dae.lipschitz if lipschitz is None else float(lipschitz)
+        L = (
+            dae.lipschitz
+            if lipschitz is None
+            else number(lipschitz, "lipschitz", "it must be positive and finite", above=0.0)
+        )
         enclosure = Enclosure.of(dae)
     elif not isinstance(dae, Enclosure):
         raise InvalidParameterError(
@@ -318,7 +354,10 @@ def _arguments(dae: DAE | Enclosure, Lambda: Tensor | None, lipschitz: float | N
     else:
         if Lambda is None or lipschitz is None:
             raise InvalidParameterError("Lambda, L", None, "an Enclosure has none of its own")
-        enclosure, L = dae, float(lipschitz)
+        enclosure, L = (
+            dae,
+            number(lipschitz, "lipschitz", "it must be positive and finite", above=0.0),
+        )
     if not isinstance(Lambda, Tensor):
         raise InvalidParameterError("Lambda", type(Lambda).__name__, "it must be a tensor (n,)")
     Lambda = Lambda.detach().to("cpu", torch.float64)

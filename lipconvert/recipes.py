@@ -26,6 +26,7 @@ from .certify import certify
 from .convert import convert
 from .data import Images
 from .errors import InvalidParameterError, ShapeError
+from .escaping import markdown as escaped
 from .factory import build
 from .finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, keep, require_fit, train, versions
 from .glue import Normalize
@@ -514,4 +515,4 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
     """A table for reading, its first columns to the left and the others to the right."""
     lines = ["| " + " | ".join(headings) + " |", "|" + ":--|" * left + "--:|" * (len(headings) - left)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(map(escaped, row)) + " |" for row in rows)]) + "\n"

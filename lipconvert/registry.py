@@ -6,6 +6,7 @@ to load is reported by name and takes no other down. Two claims on one model are
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,6 +118,8 @@ class Registry:
         self._plugins[name] = Plugin(name, distribution, version, path, hooks)
         try:
             info = self.ask(name, "describe")
+            if info is not None and not _is_text(info):
+                raise PluginError(name, f"it must return a PluginInfo of texts, not {info!r}")
         except LipconvertError as error:
             self._manager.unregister(name=name)
             del self._plugins[name]
@@ -193,6 +196,32 @@ class Registry:
         claim = self._claim("glue_lipschitz", plugin, path, module=module)
         return None if claim is None else float(claim[1])
 
+    def nonlinear_states(
+        self, model: nn.Module, input_shape: tuple[int, ...], plugin: str | None = None, path: str = ""
+    ) -> int | None:
+        """The states with another σ than the identity that a plugin's layer or model has, None if no plugin says so."""
+        claim = self._claim("nonlinear_states", plugin, path, model=model, input_shape=input_shape)
+        return None if claim is None else int(claim[1])
+
+    def glue_rounding(
+        self, module: nn.Module, input_shape: tuple[int, ...], plugin: str | None = None, path: str = ""
+    ) -> tuple[float, float] | None:
+        """(a, b) of a module a plugin keeps as it is: it errs by at most u(a + b‖x‖₂); None if no plugin says so.
+
+        Raises `PluginError` for an answer that is not two finite numbers, neither below 0.
+        """
+        claim = self._claim("glue_rounding", plugin, path, module=module, input_shape=input_shape)
+        if claim is None:
+            return None
+        name, answer = claim
+        try:
+            a, b = map(float, answer)
+        except (TypeError, ValueError, OverflowError):
+            a = b = math.nan
+        if not (0.0 <= a < math.inf and 0.0 <= b < math.inf):
+            raise PluginError(name, f"glue_rounding must return (a, b), finite and not negative, not {answer!r}")
+        return a, b
+
     def from_state_dict(
         self, state_dict: Mapping[str, Tensor], options: Mapping[str, Any], plugin: str | None = None, path: str = ""
     ) -> tuple[str, nn.Module]:
@@ -241,7 +270,7 @@ def required_option(
         raise MissingOptionError(plugin, name, meaning) from None
     try:
         return value if kind is None else kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidParameterError(f"option {name!r}", repr(value), f"it must be the {meaning}") from None
 
 
@@ -260,6 +289,10 @@ class _Options(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._options)
+
+
+def _is_text(info: object) -> bool:
+    return isinstance(info, PluginInfo) and all(isinstance(said, str) for said in vars(info).values())
 
 
 def _source(entry: EntryPoint) -> tuple[str, str]:

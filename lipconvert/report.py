@@ -14,6 +14,7 @@ from string import Template
 from urllib.parse import quote
 
 from .errors import InvalidParameterError
+from .escaping import printable
 from .files import whole
 from .plotting import (
     NARROW,
@@ -26,7 +27,7 @@ from .plotting import (
     inline_svg,
     radius_name,
 )
-from .schema import AttackResult, RobustnessReport, StageProof
+from .schema import AttackResult, RobustnessReport, StageProof, json_text
 
 # Chromium follows no link longer than 2 MiB; with more samples than that the JSON stands in the page itself.
 LONGEST_LINK = 2_000_000
@@ -339,11 +340,12 @@ def _margin_caption(report: RobustnessReport) -> str:
 
 
 def _html(text: str) -> str:
-    return text if isinstance(text, Markup) else escape(text)
+    return text if isinstance(text, Markup) else escape(printable(text))
 
 
 def _element(tag: str, content: str, **attributes: str) -> Markup:
-    given = "".join(f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"' for name, value in attributes.items())
+    named = {name.rstrip("_").replace("_", "-"): escape(printable(value)) for name, value in attributes.items()}
+    given = "".join(f' {name}="{value}"' for name, value in named.items())
     return Markup(f"<{tag}{given}>{_html(content)}</{tag}>")
 
 
@@ -536,7 +538,7 @@ def _stages(stages: Sequence[StageProof]) -> Markup:
 
 
 def _json(report: RobustnessReport) -> Markup:
-    text = report.model_dump_json()
+    text = json_text(report.model_dump(mode="json"))
     link = "data:application/json;charset=utf-8," + quote(text, safe=",:[]{}")
     if len(link) <= LONGEST_LINK:
         return _element("p", _element("a", "robustness-report.json", href=link, download="robustness-report.json"))

@@ -9,6 +9,9 @@ of the classical kind (no Strassen), cos and sin within an ulp. Everything here 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,24 +26,80 @@ UNDERFLOW = 1e-290
 SLACK = 1.0 + 2e-9
 
 
-def unit_roundoff(dtype: torch.dtype, device: torch.device | None = None) -> float:
+def unit_roundoff(dtype: torch.dtype, device: torch.device | None = None, *, convolutions: bool = False) -> float:
     """u of products and sums in a dtype, 2⁻⁵³ for float64; float32 as it is set to be multiplied: 2⁻²⁴, TF32 2⁻¹¹,
-    bfloat16 2⁻⁸.
+    bfloat16 2⁻⁸. ``convolutions``: of ``torch.nn.functional.conv2d`` and its like as well, whose settings are their own.
 
-    Raises `InvalidParameterError` for other dtypes.
+    The settings are those of ``torch.backends`` and the environment (`_VARIABLES`), as it is now and as it was when this
+    module was imported. A variable that would make products more precise than torch says is not believed: libraries read
+    it once, and it may have been set later. Raises `InvalidParameterError` for other dtypes, for devices other than CPU
+    and CUDA, and where products are emulated in ways that have no such bound: it names the variable.
     """
-    if dtype == torch.float64:
-        return 2.0**-53
-    if dtype != torch.float32:
+    kind = "cpu" if device is None else device.type
+    if dtype not in (torch.float32, torch.float64):
         raise InvalidParameterError("the dtype of a certified network", dtype, "float32 and float64 have proofs")
-    cuda = device is not None and device.type == "cuda"
-    backends: Any = torch.backends
-    places = (backends.cuda.matmul if cuda else backends.mkldnn.matmul, backends)
-    return max(_REDUCED.get(place.fp32_precision, 2.0**-8) for place in places)  # what is not known counts as the worst
+    if kind not in ("cpu", "cuda"):
+        raise InvalidParameterError(
+            "the device of a certified network", kind, "rounding is bounded on CPU and CUDA devices: net.to('cpu')"
+        )
+    units = [2.0**-53 if dtype == torch.float64 else 2.0**-24]
+    for variable in _VARIABLES:
+        if kind == variable.device and dtype in variable.dtypes:
+            for value in {os.environ.get(variable.name, ""), _AT_IMPORT[variable.name]}:
+                units.append(variable.unit(value))
+    if dtype == torch.float32:
+        backends: Any = torch.backends
+        places = [backends, backends.cuda.matmul if kind == "cuda" else backends.mkldnn.matmul]
+        if convolutions:
+            places.append(backends.cudnn.conv if kind == "cuda" else backends.mkldnn.conv)
+        # what is not known counts as the worst
+        units += [_REDUCED.get(place.fp32_precision, 2.0**-8) for place in places]
+    return max(units)
 
 
 # How float32 products are multiplied where that is allowed: https://docs.pytorch.org/docs/stable/backends.html
 _REDUCED = {"ieee": 2.0**-24, "none": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """An environment variable by which a library multiplies otherwise than torch says, on one kind of device.
+
+    ``units``: what u is at least, by its value in lower case; ∞ where nothing bounds it. Others count as ``other``.
+    """
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    units: Mapping[str, float]
+    other: float
+
+    def unit(self, value: str) -> float:
+        """u for a value; 0 where it changes nothing. Raises `InvalidParameterError` where there is none."""
+        u = self.units.get(value.strip().lower(), self.other)
+        if u == math.inf:
+            raise InvalidParameterError(
+                f"the environment variable {self.name}",
+                repr(value),
+                "what products round is not bounded then: unset it before the process starts",
+            )
+        return u
+
+
+_FLOAT32 = (torch.float32,)
+_UNCHANGED = {"": 0.0, "0": 0.0}
+_FPMATH = {"": 0.0, "strict": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}  # f16 overflows, and "any" may be f16
+_VARIABLES = (
+    # NVIDIA reserves values other than 0 ("never"); 1 forces TF32 in cuBLAS and cuDNN whatever torch asks for.
+    _Variable("NVIDIA_TF32_OVERRIDE", "cuda", _FLOAT32, _UNCHANGED, 2.0**-11),
+    # cuBLAS 12.9 and 13: products from several of fewer bits
+    _Variable("CUBLAS_EMULATE_SINGLE_PRECISION", "cuda", _FLOAT32, _UNCHANGED, math.inf),
+    _Variable("CUBLAS_EMULATE_DOUBLE_PRECISION", "cuda", (torch.float64,), _UNCHANGED, math.inf),
+    # oneDNN's default floating-point math mode, which torch's own setting does not know of
+    _Variable("ONEDNN_DEFAULT_FPMATH_MODE", "cpu", _FLOAT32, _FPMATH, math.inf),
+    _Variable("DNNL_DEFAULT_FPMATH_MODE", "cpu", _FLOAT32, _FPMATH, math.inf),
+)
+_AT_IMPORT = {variable.name: os.environ.get(variable.name, "") for variable in _VARIABLES}
 
 
 def gamma(count: int, u: float = 2.0**-53) -> float:

@@ -11,9 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from .escaping import printable
 from .files import whole
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def json_text(document: Any, indent: int | None = None) -> str:
+    """JSON in ASCII: whatever names are in it, it may be shown on any terminal, and be written to any stream."""
+    return json.dumps(document, indent=indent, ensure_ascii=True, allow_nan=False)
 
 
 class _Document(BaseModel):
@@ -22,7 +28,7 @@ class _Document(BaseModel):
     def write(self, path: str | Path) -> None:
         """Write as indented JSON, whole or not at all."""
         with whole(path) as partial:
-            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            partial.write_text(json_text(self.model_dump(mode="json"), indent=2) + "\n", encoding="ascii")
 
 
 class CheckResult(_Document):
@@ -368,8 +374,9 @@ class VerificationReport(_Document):
         return [f"{c.claim} ({c.where}): {c.found}" for c in self.claims if not c.passed]
 
     def __str__(self) -> str:
-        """One line for each claim, and how many are false."""
+        """One line for each claim, and how many are false; fit for a terminal, whatever names are in it."""
         lines = [f"{'ok    ' if c.passed else 'FAILED'}  {c.where}: {c.claim}: {c.found}" for c in self.claims]
+        lines = list(map(printable, lines))
         return "\n".join([*lines, f"{len(lines)} claims, {len(self.failures()) or 'none'} of them false"])
 
 
@@ -692,4 +699,5 @@ def schema_text(name: str) -> str:
 def main(directory: str) -> None:
     """Write ``<name>.schema.json`` for every document."""
     for name in DOCUMENTS:
-        Path(directory, f"{name}.schema.json").write_text(schema_text(name), encoding="utf-8")
+        with whole(Path(directory, f"{name}.schema.json")) as partial:
+            partial.write_text(schema_text(name), encoding="utf-8")

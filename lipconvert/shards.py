@@ -26,8 +26,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, default_collate
 
+from .arguments import count, plain_tensor
 from .errors import InvalidParameterError, ProcessError, ShapeError
 from .files import whole
+from .integrity import unshown
 
 Work = Callable[[Tensor, Tensor, int], Mapping[str, Tensor]]
 Seen = Callable[[int, int | None], object]
@@ -86,14 +88,15 @@ def over(
 def fingerprint(*parts: nn.Module | Tensor, **options: Any) -> str:
     """SHA-256 of modules, tensors and options, in hexadecimal: what the ``key`` of `over` is made from.
 
-    Of a module: its representation (sizes and settings that no tensor holds) and its state dict, with names, dtypes, shapes,
-    bytes and extra state. Options and extra state must be tensors or plain data (`InvalidParameterError`); what else the
-    module's output depends on, such as the options of a solver, has to be given as an option.
+    Of a module: its representation (sizes and settings that no tensor holds), what no representation of torch's or our own
+    modules shows (the divisor of a pooling), and its state dict, with names, dtypes, shapes, bytes and extra state. Options
+    and extra state must be tensors or plain data (`InvalidParameterError`); what else the module's output depends on, such as
+    the options of a solver, has to be given as an option.
     """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            _hash(digest, repr(part))
+            _hash(digest, repr(part), unshown(part))
             for name, value in sorted(part.state_dict().items()):
                 _hash(digest, name, value)
         else:
@@ -223,8 +226,7 @@ class _Run:
     def open(self) -> tuple[object, ...]:
         """Check all that can be before anything is computed; what every process must agree on."""
         for name, size in (("batch_size", self.batch_size), ("shard_size", self.shard_size)):
-            if not isinstance(size, int) or size < 1:
-                raise InvalidParameterError(name, repr(size), "it must be a whole number, at least 1")
+            count(size, name)
         if not self.loader and (
             isinstance(self.data, str) or not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__")
         ):
@@ -388,7 +390,10 @@ def _total(data: Any) -> int | None:
 def _collated(data: Any, start: int, size: int) -> tuple[Tensor, Tensor]:
     samples = [data[index] for index in range(start, start + size)]
     try:
-        return _pair(default_collate(samples))
+        if not all(isinstance(sample, tuple | list) for sample in samples):
+            raise TypeError("no pair")
+        inputs = torch.stack([plain_tensor(x, "data: the input of a sample") for x, _ in samples])
+        return _pair((inputs, default_collate([label for _, label in samples])))
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         where = f"data (samples {start} to {start + size - 1})"
         requirement = f"its samples must be pairs (input tensor, label) of one shape ({type(error).__name__}: {error})"
@@ -398,7 +403,7 @@ def _collated(data: Any, start: int, size: int) -> tuple[Tensor, Tensor]:
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
         raise InvalidParameterError("data", type(batch).__name__, "its samples must be pairs (input tensor, label)")
-    x, labels = batch
+    x, labels = (plain_tensor(part, "a batch of the data") for part in batch)
     if labels.dim() != 1 or x.shape[:1] != labels.shape:
         raise ShapeError("the labels of a batch", tuple(x.shape[:1]), tuple(labels.shape))
     return x, labels

@@ -20,6 +20,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
+from .arguments import sizes
 from .errors import InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
 from .rounding import gamma, operations
 
@@ -41,8 +42,8 @@ class Grid:
     image: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image", tuple(int(size) for size in self.image))
-        if len(self.image) not in (0, 2) or any(size < 1 for size in self.image):
+        object.__setattr__(self, "image", sizes(self.image, "the image of a Grid", "(h, w) or ()"))
+        if len(self.image) not in (0, 2):
             raise ShapeError("the image of a Grid", "(h, w) or ()", self.image)
 
     def __bool__(self) -> bool:
@@ -77,7 +78,7 @@ class Grid:
         if not self.image:
             return x
         _require_float(x, "images")
-        return self.samples(torch.fft.rfft2(x).flatten(2).permute(2, 1, 0).contiguous())
+        return self.samples(_rfft2(x).flatten(2).permute(2, 1, 0).contiguous())
 
     def values(self, X: Tensor) -> Tensor:
         """Coordinates (B, n, F) → pixels (B, n, h, w); a dense (B, n) stays as it is."""
@@ -85,7 +86,7 @@ class Grid:
             return X
         # Along the first two dimensions, as coordinates lie in memory: the transform copies them no more than once.
         spectrum = self.columns(X).unflatten(0, (self.image[0], self._half))
-        return torch.fft.irfft2(spectrum, s=self.image, dim=(0, 1)).permute(3, 2, 0, 1)
+        return _irfft2(spectrum, self.image, (0, 1)).permute(3, 2, 0, 1)
 
     def matrices(self, K: Tensor) -> Tensor:
         """Kernels (rows, cols, h, w) → matrices (F, rows, cols), differentiable; a dense (rows, cols) stays as it is."""
@@ -94,7 +95,7 @@ class Grid:
         if tuple(K.shape[2:]) != self.image:
             raise ShapeError("a kernel", ("rows", "cols", *self.image), tuple(K.shape))
         _require_float(K, "kernels")
-        return torch.fft.rfft2(K).conj().flatten(2).permute(2, 0, 1).resolve_conj().contiguous()
+        return _rfft2(K).conj().flatten(2).permute(2, 0, 1).resolve_conj().contiguous()
 
     def kernels(self, M: Tensor) -> Tensor:
         """Matrices (F, rows, cols) → kernels (rows, cols, h, w); the inverse of `matrices`.
@@ -104,7 +105,7 @@ class Grid:
         if not self.image:
             return M
         spectrum = M.conj().permute(1, 2, 0).resolve_conj().contiguous()
-        return torch.fft.irfft2(spectrum.reshape(*M.shape[1:], self.image[0], self._half), s=self.image)
+        return _irfft2(spectrum.reshape(*M.shape[1:], self.image[0], self._half), self.image)
 
     def matrices_error(self, K: Tensor, M: Tensor) -> Tensor:
         """Entrywise bounds (F, rows, cols) of |M − exact spectra of the kernels K|, M as some FFT computed them.
@@ -197,6 +198,24 @@ class Grid:
         return power.reshape(X.shape[1], X.shape[0], 2).sum(-1).sqrt().mT
 
 
+def _rfft2(x: Tensor) -> Tensor:
+    """``torch.fft.rfft2`` of images (..., h, w), also of none: torch with MKL raises for those (pytorch issue 174984)."""
+    if 0 not in x.shape[:-2]:
+        return torch.fft.rfft2(x)
+    none = x.new_zeros(*x.shape[:-1], x.shape[-1] // 2 + 1, dtype=x.dtype.to_complex())
+    return none + x.sum()  # a function of x, as autograd sees it
+
+
+def _irfft2(X: Tensor, image: tuple[int, ...], dim: tuple[int, int] = (-2, -1)) -> Tensor:
+    """``torch.fft.irfft2`` along ``dim`` to images of a size; none from none, as `_rfft2`."""
+    if X.numel():
+        return torch.fft.irfft2(X, s=image, dim=dim)
+    shape = list(X.shape)
+    for axis, size in zip(dim, image, strict=True):
+        shape[axis] = size
+    return X.new_zeros(shape, dtype=X.dtype.to_real()) + X.sum().real
+
+
 def _require_float(x: Tensor, what: str) -> None:
     if x.dtype not in (torch.float32, torch.float64):
         raise InvalidParameterError(f"the dtype of {what}", x.dtype, "their transform takes float32 or float64")
@@ -267,13 +286,18 @@ def conv2d_same(
     # torch's compiler and tracer take no function with derivatives of its own.
     taken_apart = torch.compiler.is_compiling() or is_tracing()
     if padding_mode == "circular" and stride == 1 and not taken_apart:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if autocasts(x.device) and x.dtype != torch.float64:
             # As it would cast a convolution; the backward pass runs outside of it, where x, weight and y must have one dtype.
             x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
         y = _Circular.apply(x, weight, p, r)
         return y if bias is None else y + bias[:, None, None].to(y)
     mode = "constant" if padding_mode == "zeros" else padding_mode
     return functional.conv2d(functional.pad(x, _around(weight, (p, r)), mode=mode), weight, bias, stride)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; there are some, as torch's meta device, that have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _around(weight: Tensor, origin: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -326,6 +350,13 @@ def conv2d_adjoint(
     return conv2d_same(x, weight.flip(2, 3).transpose(0, 1), None, 1, (kh - 1 - p, kw - 1 - r), padding_mode)
 
 
+def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
+    """torch's ``pixel_unshuffle``, (B, c, h, w) → (B, c·factor², h/factor, w/factor); its own leaves the shape of B = 0."""
+    if x.numel():
+        return functional.pixel_unshuffle(x, factor)
+    return x.reshape(len(x), x.shape[1] * factor**2, x.shape[2] // factor, x.shape[3] // factor)
+
+
 def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:
     """The weight (out, in·stride², k′, k′) and origin of a strided convolution, on ``pixel_unshuffle(x, stride)``.
 
@@ -341,7 +372,7 @@ def strided_weight(weight: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]
         pads.append((before, -(k + before) % stride))
         origin.append((p + before) // stride)
     padded = functional.pad(weight, (*pads[1], *pads[0]))
-    return functional.pixel_unshuffle(padded, stride), (origin[0], origin[1])
+    return pixel_unshuffle(padded, stride), (origin[0], origin[1])
 
 
 def hull(M: Tensor, dim: int) -> slice:
@@ -416,6 +447,28 @@ def require_finite(tensor: Tensor, where: str) -> None:
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
         raise NotFiniteError(where, bad, tensor.numel())
+
+
+def require_finite_samples(x: Tensor, where: str) -> None:
+    """Raise `NotFiniteError`, with the places of the samples, when any of a batch (B, ...) holds NaN or infinity."""
+    if bool(torch.isfinite(x.sum())):  # as in `require_finite`
+        return
+    good = torch.isfinite(x).reshape(len(x), -1)
+    if samples := (~good.all(1)).nonzero().flatten().tolist():
+        raise NotFiniteError(where, int((~good).sum()), x.numel(), samples)
+
+
+@contextmanager
+def from_samples(x: Tensor, where: str) -> Iterator[None]:
+    """Inside, what is not finite is put down to the samples of x (B, ...) that are not, before anything else.
+
+    Nothing is looked at, and no device waited for, until it is raised.
+    """
+    try:
+        yield
+    except NotFiniteError:
+        require_finite_samples(x, where)
+        raise
 
 
 def hermitian(M: Tensor) -> Tensor:

@@ -11,18 +11,19 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .activations import MaxMin, activation_of, is_activation
+from .activations import MaxMin, activation_of, is_activation, without_writing
+from .arguments import isolated, sizes
 from .compose import MOST_DENSE, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import LipconvertError, PluginError, ShapeError, UnsupportedModuleError
-from .glue import KNOWN, Normalize, PadChannels, affine_image, core_lipschitz
-from .network import Network
+from .glue import KNOWN, Normalize, PadChannels, affine_image, core_lipschitz, pair
+from .integrity import DROPOUT, computes_as, require_source
+from .network import SAMPLE, Network
 from .registry import registry
 from .spectrum import Grid, require_finite, same_origin, strided_weight
 
@@ -31,17 +32,6 @@ CORE = "core"
 DETOUR = "detour"
 # max Λ / min Λ above which a stage is rescaled
 SPREAD = 1e4
-
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether a module is of a kind and computes with that kind's own ``forward``: a subclass may have another one.
-
-    What a plugin asks before it claims a layer. Overriding a constraint (the T of a residual layer) is no obstacle.
-    """
-    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 @dataclass(frozen=True)
@@ -56,8 +46,10 @@ class Step:
     dae: DAE | None
     plugin: str
     lipschitz: float
+    rounding: tuple[float, float] | None = None  # of glue that a plugin knows (`lipconvert.hookspecs.glue_rounding`)
 
 
+@isolated
 def trace(
     model: nn.Module, input_shape: Iterable[int] | None = None, plugin: str | None = None, dense: bool = False
 ) -> list[Step]:
@@ -72,23 +64,17 @@ def trace(
         raise UnsupportedModuleError(
             "", str(model), "it is not an nn.Module; give the model itself, not its class or file."
         )
+    require_source(model)
     model = copy.deepcopy(model).to("cpu", torch.float64).eval()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
             require_finite(tensor, f"parameter {name!r}")
     shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
-    walker = _Walker(None if shape is None else _sizes(shape), plugin, dense)
+    walker = _Walker(None if shape is None else sizes(shape, "input_shape", SAMPLE), plugin, dense)
     steps = _without_detours(list(walker.walk(model, "")))
     if not steps:
         raise UnsupportedModuleError("", type(model).__name__, "there is nothing in it.")
     return steps
-
-
-def _sizes(shape: Iterable[int] | int) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ShapeError("input_shape", "positive sizes of one sample, such as (1, 28, 28)", shape)
-    return sizes
 
 
 class _Walker:
@@ -98,13 +84,6 @@ class _Walker:
         self.shape, self.plugin, self.dense = shape, plugin, dense
 
     def walk(self, module: nn.Module, path: str) -> Iterator[Step]:
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UnsupportedModuleError(
-                path,
-                type(module).__name__,
-                "forward hooks change what it computes. Remove them; for spectral_norm and weight_norm use the functions of "
-                "torch.nn.utils.parametrizations, which need none.",
-            )
         try:
             claim = registry().to_dae(module, self.shape, self.plugin, path, self.dense)
         except LipconvertError as error:
@@ -120,16 +99,17 @@ class _Walker:
                 if child is not None:
                     yield from self.walk(child, f"{path}.{key}" if path else key)
         elif is_activation(module) or type(module) is MaxMin:
+            module = without_writing(module)
             make = max_min if type(module) is MaxMin else partial(elementwise, activation_of(module, path))
             shape = self._known(path, module)
             if len(shape) in (1, 3):
                 yield from self._layer(module, path, make(shape[0], label(path, module), Grid(shape[1:])), CORE)
             else:
                 yield self._glue(module, path, 1.0)
-        elif isinstance(module, Network):
+        elif computes_as(module, Network):
             for index, step in enumerate(module.steps):
                 yield from self.walk(step, f"{path}.steps.{index}" if path else f"steps.{index}")
-        elif type(module) in (nn.Dropout, nn.AlphaDropout):
+        elif type(module) in DROPOUT:
             return  # the identity of the eval mode that is converted
         elif computes_as(module, nn.Linear):
             yield from self._layer(module, path, affine(module.weight, module.bias, name=label(path, module)), CORE)
@@ -137,10 +117,20 @@ class _Walker:
             yield from self._layer(module, path, self._convolution(module, path), CORE)
         else:
             known = core_lipschitz(module)
-            known = registry().glue_lipschitz(module, self.plugin, path) if known is None else known
+            if known is not None:
+                yield self._glue(module, path, known)
+                return
+            if type(module) in (nn.Flatten, nn.Unflatten):
+                reason = (
+                    "it mixes the samples: dimension 0 is the batch. nn.Flatten() begins at 1, like Unflatten(1, ...)."
+                )
+                raise UnsupportedModuleError(path, type(module).__name__, reason)
+            known = registry().glue_lipschitz(module, self.plugin, path)
             if known is None:
                 raise UnsupportedModuleError(path, type(module).__name__, self._why(module))
-            yield self._glue(module, path, known)
+            step = self._glue(module, path, known)
+            rounding = registry().glue_rounding(module, step.input_shape, self.plugin, path)
+            yield replace(step, rounding=rounding)
 
     def _known(self, path: str, module: nn.Module) -> tuple[int, ...]:
         if self.shape is None:
@@ -155,10 +145,11 @@ class _Walker:
     def _convolution(self, module: nn.Conv2d, path: str) -> DAE:
         """A circular nn.Conv2d as an affine layer; a strided one on the coarse grid. Dense, with any padding, on request."""
         name, shape = label(path, module), self._known(path, module)
+        stride, dilation = pair(module.stride), pair(module.dilation)
         if self.dense:
             self._image(module, path)
             return affine(*affine_image(module, shape, path), name=name)
-        pointwise = module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid")
+        pointwise = pair(module.kernel_size) == (1, 1) and _padding(module) in ((0, 0), "same", "valid")
         refusals = (
             (
                 module.padding_mode != "circular" and not pointwise,
@@ -166,8 +157,8 @@ class _Walker:
                 "frequency.",
             ),
             (module.groups != 1, f"groups = {module.groups} is not supported, only 1."),
-            (module.dilation != (1, 1), f"dilation = {module.dilation} is not supported, only 1."),
-            (module.stride[0] != module.stride[1], f"its strides {module.stride} differ."),
+            (dilation != (1, 1), f"dilation = {dilation} is not supported, only 1."),
+            (stride[0] != stride[1], f"its strides {stride} differ."),
             (
                 not pointwise and module.padding != "same" and not _keeps(module),
                 f"its padding {module.padding} does not keep the image with kernel_size {module.kernel_size}: for odd sizes "
@@ -178,11 +169,11 @@ class _Walker:
             if refused:
                 remedy = "For small images convert(model, dense=True) takes it."
                 raise UnsupportedModuleError(path, type(module).__name__, f"{reason} {remedy}")
-        stride = module.stride[0]
-        if len(shape) != 3 or shape[1] % stride or shape[2] % stride:
-            raise ShapeError(f"the input of {name!r}", f"(c, h, w), h and w multiples of {stride}", shape)
-        weight, origin = strided_weight(module.weight, stride)
-        grid = Grid((shape[1] // stride, shape[2] // stride))
+        s = stride[0]
+        if len(shape) != 3 or shape[1] % s or shape[2] % s:
+            raise ShapeError(f"the input of {name!r}", f"(c, h, w), h and w multiples of {s}", shape)
+        weight, origin = strided_weight(module.weight, s)
+        grid = Grid((shape[1] // s, shape[2] // s))
         return affine(grid.convolution(weight, origin), module.bias, name=name, grid=grid)
 
     def _image(self, module: nn.Module, path: str, probes: int = 3) -> tuple[Tensor, Tensor]:
@@ -191,13 +182,17 @@ class _Walker:
         probe = torch.randn(probes, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         try:
             with torch.no_grad():
-                return probe, module(probe)
+                image = module(probe.clone())
         except LipconvertError as error:
             error.layer = error.layer or f"{label(path, module)!r}, {type(module).__name__}"
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             where = f"the input of {label(path, module)!r}"
             raise ShapeError(where, f"one that {type(module).__name__} takes ({error})", shape) from error
+        if image.dim() < 1 or len(image) != probes:
+            reason = f"it makes {tuple(image.shape)} of a batch {tuple(probe.shape)}: the first dimension is the batch."
+            raise UnsupportedModuleError(path, type(module).__name__, reason)
+        return probe, image
 
     def _glue(self, module: nn.Module, path: str, lipschitz: float) -> Step:
         shape = self._known(path, module)
@@ -268,8 +263,12 @@ def label(path: str, module: nn.Module) -> str:
 def _keeps(module: nn.Conv2d) -> bool:
     """Whether its padding, in pixels, keeps the image (of which a stride then takes every s-th pixel)."""
     origin = same_origin(module.weight)
-    odd = all(k % 2 for k in module.kernel_size)
-    return module.padding == origin and (odd or module.stride[0] > 1)
+    odd = all(k % 2 for k in pair(module.kernel_size))
+    return _padding(module) == origin and (odd or pair(module.stride)[0] > 1)
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int] | str:
+    return module.padding if isinstance(module.padding, str) else pair(module.padding)
 
 
 def _unshuffle(shape: tuple[int, ...], dae: DAE) -> int:

@@ -10,14 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .arguments import inputs_of, isolated, require_no_autocast
 from .conditions import H_matrix
 from .dae import DAE
 from .equilibrium import evaluate
 from .errors import EquivalenceError, InvalidParameterError, ShapeError
+from .integrity import require_own
 from .lben import LBEN
-from .network import Network
+from .network import Network, passed
 from .schema import CheckResult, ValidationReport
-from .spectrum import least_eigenvalue
+from .spectrum import least_eigenvalue, require_finite_samples
 from .trace import Step, group, stage_dae, trace
 
 # What a conversion promises, relative: outputs, input gradients, W. Float32 rounds the parameters themselves.
@@ -41,7 +43,7 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None =
 
 
 def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None) -> Tensor:
-    y = function(x).flatten(1)
+    y = function(x.clone()).flatten(1)  # x is a leaf, which nothing may write to
     if most is not None and y.shape[1] > most:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(y.shape[1], most, generator=generator, dtype=torch.float64)
@@ -50,6 +52,7 @@ def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor, most: int | None)
     return torch.stack(rows, dim=1)
 
 
+@isolated
 def validate(
     model: nn.Module,
     net: Network,
@@ -72,14 +75,16 @@ def validate(
     ``delta``: the δ the network was converted with, 0 if its constants must be the source's own; None takes any δ ≥ 0.
     ``plugin``, ``merge``, ``dense``: as it was converted.
 
-    Raises `EquivalenceError` with the report when a check fails, unless ``throw`` is False; `ShapeError` for inputs that
-    do not fit; whatever converting the source raises.
+    Raises `EquivalenceError` with the report when a check fails, unless ``throw`` is False; `ShapeError`,
+    `InvalidParameterError` and `NotFiniteError` for inputs that do not fit, are none, or no numbers; `ModifiedModuleError`
+    for hooks and the like on the network; whatever converting the source raises.
     """
     groups = group(trace(model, net.input_shape, plugin, dense), merge)
     daes = [None if members[0].dae is None else stage_dae(members) for members in groups]
     return compare(model, net, groups, daes, inputs, delta=delta, throw=throw)
 
 
+@isolated
 def compare(
     model: nn.Module,
     net: Network,
@@ -91,6 +96,7 @@ def compare(
     throw: bool = True,
 ) -> ValidationReport:
     """`validate`, for a source that is traced and composed already: ``daes``, None for glue, one for each of ``groups``."""
+    require_own(net)
     if len(groups) != len(net.steps):
         hint = "A network made with merge or dense is validated with the same."
         expected, actual = f"{len(groups)} steps as its source has", f"{len(net.steps)} steps"
@@ -98,19 +104,29 @@ def compare(
     if inputs is None:
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(64, *net.input_shape, generator=generator, dtype=torch.float64)
-    elif tuple(inputs.shape[1:]) != net.input_shape or not len(inputs):
-        raise ShapeError("inputs", ("B", *net.input_shape), tuple(inputs.shape))
+    else:
+        inputs = inputs_of(inputs, "inputs")
+        if inputs.dim() < 1 or tuple(inputs.shape[1:]) != net.input_shape:
+            raise ShapeError("inputs", ("B", *net.input_shape), tuple(inputs.shape))
+        if not len(inputs):
+            raise InvalidParameterError("inputs", "empty", "at least one sample is needed to compare on")
+        require_finite_samples(inputs, "inputs")
     dtype, device = net.dtype, net.device
     if dtype not in TOLERANCE:
         raise InvalidParameterError("the dtype of the network", dtype, "networks are compared in float32 or float64")
-    source = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    if dtype != torch.float64:
+        require_no_autocast(device)
+    original = copy.deepcopy(model).to("cpu", torch.float64).eval()
     network = copy.deepcopy(net).eval()
-    for module in (source, network):
+    for module in (original, network):
         module.requires_grad_(False)
+
+    def source(x: Tensor) -> Tensor:
+        return original(x.clone())  # its first activation may work in place
 
     def through_daes(x: Tensor) -> Tensor:
         for members, dae in zip(groups, daes, strict=True):
-            x = members[0].module(x) if dae is None else evaluate(dae, x)
+            x = passed(members[0].module, x) if dae is None else evaluate(dae, x)
         return x
 
     def through_network(x: Tensor) -> Tensor:

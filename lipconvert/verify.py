@@ -6,9 +6,9 @@ hold for the floats stored; that the constants of logits can be proved again; th
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,18 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort  # type: ignore[a
 from torch import Tensor
 
 from . import checkpoint
+from .arguments import isolated
 from .bounds import extremes
 from .certify import Certifier
-from .checkpoint import ERRORS, PAIRS, enclosed, errors_of, network_of
+from .checkpoint import ERRORS, PAIRS, errors_of, exact_network, network_of
 from .container import GRAPH, Stored, read
 from .errors import CheckpointError, LipconvertError
 from .lben import LBEN
 from .network import Network
 from .onnx_graph import INPUT, LOGITS
-from .onnx_plan import Plan, full_kernels
-from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_lmi, prove_monotone
+from .onnx_plan import Plan, flaw, plan
+from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_lmi, proves_monotone
+from .rounding import gamma, operations, transform_growth, unit_roundoff
 from .schema import Claim, StageEntry, VerificationReport
 
 # Largest difference of outputs, relative to the largest output: what two orders of summation leave, and two solvers.
@@ -50,10 +52,8 @@ REFUSED = (
     ValueError,
 )
 
-# Share by which a constant found anew may exceed what is claimed: a search ends a little elsewhere on another machine.
-ANEW = 1e-6
 
-
+@isolated
 def verify(path: str | Path, seed: int | None = None) -> VerificationReport:
     """Check every claim of a checkpoint. ``seed``: of the inputs the graph is tried on, a fresh one by default.
 
@@ -70,7 +70,9 @@ def verify(path: str | Path, seed: int | None = None) -> VerificationReport:
     except CheckpointError as error:
         claims.append(_claim("the files are what was saved", name, False, str(error)))
         return VerificationReport(path=name, claims=claims, passed=False)
-    for check in (_stages(stored, net), _bounds(stored, net), _graph(stored, net, Path(path), seed)):
+    stages = [(k, entry) for k, entry in enumerate(stored.manifest.steps) if isinstance(entry, StageEntry)]
+    exact = exact_network(net, {k: (stored.tensors[f"steps.{k}.W"], _origin(entry)) for k, entry in stages})
+    for check in (_stages(stored, net, exact), _bounds(stored, net, exact), _graph(stored, net, Path(path), seed)):
         claims += check
     return VerificationReport(path=name, claims=claims, passed=all(claim.passed for claim in claims))
 
@@ -79,39 +81,60 @@ def _claim(claim: str, where: str, passed: bool, found: str) -> Claim:
     return Claim(claim=claim, where=where, passed=passed, found=found)
 
 
-def _stages(stored: Stored, net: Network) -> Iterator[Claim]:
-    for k, (entry, step) in enumerate(zip(stored.manifest.steps, net.steps, strict=True)):
-        if not isinstance(entry, StageEntry) or not isinstance(step, LBEN):
+def _stages(stored: Stored, net: Network, exact: Network) -> Iterator[Claim]:
+    """``net``: rebuilt from the free parameters; ``exact``: with the W that is stored, of which all proofs speak."""
+    for k, (entry, step, proper) in enumerate(zip(stored.manifest.steps, net.steps, exact.steps, strict=True)):
+        if not isinstance(entry, StageEntry) or not isinstance(step, LBEN) or not isinstance(proper, LBEN):
             continue
         where = f"step {k}, {entry.name}"
-        W = stored.tensors[f"steps.{k}.W"]
-        yield _rebuilt(where, entry, step, W)
-        E = enclosed(W, entry.origin, step.U.detach(), step.G.detach(), step.grid)
+        try:
+            yield _rebuilt(where, step, proper)
+        except LipconvertError as error:  # parameters whose W is not finite
+            yield _claim("W is what the parameters give", where, False, str(error))
         multiplier, metric = (stored.tensors.get(f"steps.{k}.{name}") for name in ("multiplier", "metric"))
-        yield from _proofs(where, entry, step, E, multiplier, metric)
+        yield from _proofs(where, entry, proper, multiplier, metric)
 
 
-def _rebuilt(where: str, entry: StageEntry, step: LBEN, W: Tensor) -> Claim:
-    """The stored W against paper eq. (2) of the free parameters, evaluated here."""
-    own = step.state_map().W
-    expected = (step.grid.kernels(own) if step.grid else own).detach().double()
-    difference = float((full_kernels(W, entry.origin, step.grid).double() - expected).abs().max())
-    # Another order of summation over n products, and the transforms.
-    n, eps = len(step.b_z), torch.finfo(W.dtype).eps
-    allowed = (64.0 + 4.0 * n) * eps * max(1.0, float(expected.abs().max()))
-    found = f"off by {difference:.1e}, rounding allows {allowed:.1e}"
-    return _claim("W is what the parameters give", where, difference <= allowed < math.inf, found)
+def _rebuilt(where: str, step: LBEN, proper: LBEN) -> Claim:
+    """The stored W against paper eq. (2) of the free parameters, entry by entry, within what evaluating it rounds.
+
+    γ_k Σ|terms| for the sums of k products of each entry. W on images is rounded once and stored without taps that are
+    noise (`lipconvert.onnx_plan.stored_W`); it is rebuilt from spectra, in float64.
+    """
+    grid, dtype = step.grid, step.b_z.dtype
+    W = proper.given
+    assert W is not None
+    expected = step.dae()
+    K = grid.kernels(expected.W)
+    G, U, V, S = (grid.matrices(p.detach().double()).abs() for p in (step.G, step.U, step.V, step.S))
+    Psi = expected.Lambda.reciprocal().unsqueeze(-1)
+    half = 0.5 / step.lipschitz
+    terms = half * (Psi * (G.mT @ G) + U @ (U / Psi).mT) + Psi * (V.mT @ V + S + S.mT)
+    terms = terms + (1.0 + step.epsilon * Psi) * torch.eye(len(Psi), dtype=terms.dtype)
+    count = operations(sum(step.G.shape[:1]) + step.U.shape[1] + len(step.V) + 32, expected.W)
+    if grid:
+        eps, largest = torch.finfo(dtype).eps, float(K.abs().max())
+        u = unit_roundoff(torch.float64)
+        rounded = (gamma(count, u) + transform_growth(grid.image) * u) * grid.pixels**0.5 * terms.amax(0)
+        allowed = 64.0 * eps * largest + eps * K.abs() + rounded[..., None, None]
+    else:
+        allowed = 2.0 * gamma(count, unit_roundoff(dtype)) * terms
+    off = (W - K).abs()
+    share = float((off / allowed.clamp(min=torch.finfo(torch.float64).tiny)).max())
+    found = f"off by {float(off.max()):.1e}, an entry by {share:.1e} of what rounding allows for it"
+    return _claim("W is what the parameters give", where, bool((off <= allowed).all()), found)
 
 
 def _proofs(
-    where: str, entry: StageEntry, step: LBEN, E: Enclosure, multiplier: Tensor | None, metric: Tensor | None
+    where: str, entry: StageEntry, proper: LBEN, multiplier: Tensor | None, metric: Tensor | None
 ) -> Iterator[Claim]:
     """(10) and (3) for the floats stored, by the multipliers stored; found anew where there are none."""
     lipschitz, well_posed = "condition (10): Lipschitz with its constant", "condition (3): one equilibrium"
     given = entry.certificate
     try:
+        E = Enclosure.of_stage(proper)
         if given is None and multiplier is None and metric is None:
-            anew = prove_constant(step.running(), E)
+            anew = prove_constant(proper.running(), E)
             passed = isinstance(anew, Proof)
             found = f"proved anew at L = {anew.lipschitz:.9g}" if isinstance(anew, Proof) else _reason(anew)
             yield _claim(lipschitz, where, passed, found)
@@ -123,12 +146,14 @@ def _proofs(
             )
             return
         proof = prove_lmi(E, multiplier, given.lipschitz)
-        honest = given.lipschitz <= entry.lipschitz * (1.0 + given.delta) * (1.0 + 2.0**-50)
+        honest = given.lipschitz == entry.lipschitz * (1.0 + given.delta)
+        honest = honest and isinstance(proof, Proof) and proof.rounding <= given.rounding
         stated = f"{entry.lipschitz:g} (1 + {given.delta:g})"
         found = f"H > 0 at L = {given.lipschitz:.9g} = {stated}, rounding {proof.rounding:.1e}"
         yield _claim(lipschitz, where, bool(proof) and honest, found if isinstance(proof, Proof) else _reason(proof))
-        mu = prove_monotone(E, metric)
-        yield _claim(well_posed, where, mu >= given.mu * (1.0 - ANEW), f"mu = {mu:.6g}, claimed {given.mu:.6g}")
+        monotone = proves_monotone(E, metric, given.mu)
+        found = f"mu = {given.mu:.6g}, {'proved' if monotone else 'which has no proof'}"
+        yield _claim(well_posed, where, monotone, found)
     except LipconvertError as error:  # a multiplier of another size, or not positive
         yield _claim(lipschitz, where, False, str(error))
 
@@ -137,7 +162,7 @@ def _reason(answer: Proof | NotProved) -> str:
     return answer.reason if isinstance(answer, NotProved) else ""
 
 
-def _bounds(stored: Stored, net: Network) -> Iterator[Claim]:
+def _bounds(stored: Stored, net: Network, exact: Network) -> Iterator[Claim]:
     """The constants of the logits, proved again by the method that is claimed, and the error bounds of the graph."""
     claimed, pairs, errors = stored.manifest.bound, stored.tensors.get(PAIRS), stored.tensors.get(ERRORS)
     if claimed is None and pairs is None and errors is None:
@@ -147,42 +172,49 @@ def _bounds(stored: Stored, net: Network) -> Iterator[Claim]:
         yield _claim(what, where, False, "only one of the manifest's bound and the tensor of pairs is there")
         return
     try:
-        certifier = Certifier(net, claimed.method)
+        certifier = Certifier(exact, claimed.method)
         found = certifier.bounds[-1]
         assert found.pairs is not None
-        vector = torch.tensor([found.lipschitz]), torch.tensor([claimed.lipschitz])
-        excess = max(_excess(*vector), _excess(found.pairs, pairs))
+        holds = found.lipschitz <= claimed.lipschitz and not _exceeds(found.pairs, pairs)
         numbers = f"L = {found.lipschitz:.7g}, claimed {claimed.lipschitz:.7g}"
         least, greatest = extremes(found.pairs)
         text = f"{claimed.method}: {numbers}; of differences {least:.7g} to {greatest:.7g}"
-        yield _claim(what, where, excess <= 1.0 + ANEW, text)
+        yield _claim(what, where, holds, text)
         if errors is None:
             return
         own = errors_of(certifier, _plans(stored, net))
         text = f"{float(own[0].max()):.1e} + {float(own[1].max()):.1e} |x| of a logit difference at most"
-        yield _claim("error bounds of the graph", where, _excess(own, errors) <= 1.0 + ANEW, text)
+        yield _claim("error bounds of the graph", where, not _exceeds(own, errors), text)
     except LipconvertError as error:
         yield _claim(what, where, False, str(error))
 
 
-def _excess(found: Tensor, claimed: Tensor) -> float:
-    """By what factor numbers found exceed those that are claimed, at most; ∞ where they do not fit, or make no sense."""
-    if found.shape != claimed.shape or not bool(((claimed >= 0.0) & torch.isfinite(claimed)).all()):
-        return math.inf
-    # nothing is said on the diagonal, where both are 0
-    return float(torch.where(found <= claimed, 0.0, found / claimed).max())
+def _exceeds(found: Tensor, claimed: Tensor) -> bool:
+    """Whether any number found is more than is claimed, or they do not fit, or the claims make no sense."""
+    sane = found.shape == claimed.shape and bool(((claimed >= 0.0) & torch.isfinite(claimed)).all())
+    return not (sane and bool((found <= claimed).all()))
 
 
 def _plans(stored: Stored, net: Network) -> dict[int, Plan]:
-    """How the stages are written, as the manifest says. Raises `CheckpointError` where it does not."""
+    """How the stages are written: what the manifest says, held against the plans made here from the same floats.
+
+    Raises `CheckpointError` where it says nothing, or what is not right for these weights (`lipconvert.onnx_plan.flaw`).
+    """
     plans = {}
     for k, (entry, step) in enumerate(zip(stored.manifest.steps, net.steps, strict=True)):
         if isinstance(entry, StageEntry) and isinstance(step, LBEN):
             if entry.graph is None:
                 raise CheckpointError("the manifest", f"step {k}", "it does not say how the stage is written")
-            origin = (entry.origin[0], entry.origin[1]) if step.grid else (0, 0)
-            plans[k] = Plan(entry.graph, step, stored.tensors[f"steps.{k}.W"], origin)
+            own = plan(step, f"stage_{k}", stored.tensors[f"steps.{k}.W"], _origin(entry))
+            plans[k] = chosen = replace(own, how=entry.graph)
+            if reason := flaw(chosen, own):
+                said = f"by {entry.graph.method}, which these weights do not allow ({own.how.method} is right)"
+                raise CheckpointError("the manifest", f"step {k}", f"it is written {said}: not so: {reason}")
     return plans
+
+
+def _origin(entry: StageEntry) -> tuple[int, int]:
+    return (entry.origin[0], entry.origin[1]) if entry.image else (0, 0)
 
 
 def _graph(stored: Stored, net: Network, path: Path, seed: int | None) -> Iterator[Claim]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .arguments import isolated
 from .errors import WeightsError
 from .registry import registry
 
@@ -46,6 +47,7 @@ def opened(path: str | Path) -> Any:
         ) from error
 
 
+@isolated
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The state dict in a ``.safetensors`` file or a torch file opened with ``weights_only=True``.
 
@@ -80,6 +82,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return tensors
 
 
+@isolated
 def from_state_dict(
     state_dict: Mapping[str, Tensor],
     options: Mapping[str, Any] | None = None,

@@ -35,9 +35,9 @@ MODULES = {
     "elu(0.0)": nn.ELU(0.0),
     "elu(0.4)": nn.ELU(0.4),
     "elu(1.0)": nn.ELU(1.0),
-    "softplus(1.0)": nn.Softplus(1.0, threshold=500.0),
-    "softplus(5.0)": nn.Softplus(5.0, threshold=500.0),
-    "softplus(0.2)": nn.Softplus(0.2, threshold=500.0),
+    "softplus(1.0)": nn.Softplus(1.0, threshold=88.0),
+    "softplus(5.0)": nn.Softplus(5.0, threshold=88.0),
+    "softplus(0.2)": nn.Softplus(0.2, threshold=88.0),
 }
 NAMES = sorted(MODULES)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import lipconvert as lc
 from lipconvert import bounds as bounds_module
 from lipconvert.bounds import METHODS, Bounds, Segment, class_pairs
+from lipconvert.construction import assemble
 from lipconvert.proofs import Enclosure
 from lipconvert.schema import LipschitzReport
 from lipconvert.spectrum import DENSE
@@ -436,16 +437,6 @@ def test_outputs_that_are_no_logits():
             assert found.report(net).pairs == []
 
 
-class Bent(lc.LBEN):
-    """A stage whose W is not that of its parameters."""
-
-    bend = 0.0
-
-    def matrices(self):
-        W, U, G = super().matrices()
-        return W + self.bend * torch.eye(W.shape[-1], dtype=W.dtype), U, G
-
-
 def numpy_H(stage: lc.LBEN, L: float) -> np.ndarray:
     W, U, G, Lambda = (np.asarray(part) for part in stage.running())
     D = np.diag(Lambda)
@@ -453,13 +444,21 @@ def numpy_H(stage: lc.LBEN, L: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_floats_that_do_not_satisfy_the_condition_are_refused(dtype):
+def test_floats_that_do_not_satisfy_the_condition_are_refused(dtype, monkeypatch):
     """(10) is about the floats in use: W of the module bent by 0.3 has no proof, by 1e-9 has one at L(1 + δ)."""
+    bend = [0.0]
+
+    def bent(Psi, G, U, V, S, epsilon, L):
+        """W that is not that of its parameters, of one of the stages."""
+        W = assemble(Psi, G, U, V, S, epsilon, L)
+        return W + (bend[0] if epsilon == 0.05 else 0.0) * torch.eye(W.shape[-1], dtype=W.dtype)
+
+    monkeypatch.setattr("lipconvert.lben.assemble", bent)
     good = lc.LBEN(4, 6, 3, epsilon=0.01, name="first")
-    stage = Bent(4, 6, 3, epsilon=0.05, name="bent").to(dtype)
+    stage = lc.LBEN(4, 6, 3, epsilon=0.05, name="bent").to(dtype)
     net = lc.Network([good.to(dtype), lc.FirstFeatures(3), lc.PadChannels(4), stage], [None] * 4, (4,))
     assert Bounds(net).delta == 0.0
-    stage.bend = 0.3
+    bend[0] = 0.3
     stage.refresh()
     least = np.linalg.eigvalsh(numpy_H(stage, 1.01 * stage.lipschitz))[0]  # Λ = I: so is the gauge of the message
     with pytest.raises(lc.NoCertificateError, match=rf"stage 'bent'.*L = 1\.01 has the eigenvalue {least:.2e}"[:-4]):

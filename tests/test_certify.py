@@ -174,6 +174,9 @@ def test_runs_that_err_as_far_as_they_may_change_no_class(tolerance, monkeypatch
     net = lc.Network([lc.LBEN.from_dae(dae, options=lc.SolverOptions(tolerance=tolerance))], [None], (2,))
     x, labels = torch.tensor([[1.5, 1.0], [0.1, 0.0], [40.0, 0.0]]), torch.zeros(3, dtype=torch.long)
     certifier = lc.Certifier(net)
+    monkeypatch.setattr(
+        Bounds, "require_unchanged", lambda bounds: None
+    )  # replaced methods stand for worse hardware here
     error = certifier.accuracy.evaluate(x).pair_error[:, 0]
     readout, against = lc.LBEN.readout, torch.tensor([0.5, -0.5])
 

@@ -1836,7 +1836,7 @@ class TestAtomic:
         for k in range(14):
             code = f"for net in itertools.cycle(NETS[::-1]): lc.save(net, {str(path)!r}, prove={k % 4 == 0})"
             assert zygote(code, killed=rng.uniform(0.2, 4.0) * once) == -signal.SIGKILL
-            assert set(partials(tmp_path)) <= {GRAPH + ".partial", DATA + ".partial"}
+            assert set(partials(tmp_path)) <= {name + end for name in (GRAPH, DATA) for end in (".partial", ".lock")}
             found.add(old_or_new(path))
             assert lc.verify(path, seed=0).passed
             if k % 3 == 0:
@@ -1857,7 +1857,7 @@ class TestAtomic:
             call = f"lc.save(NETS[1], {str(target)!r}, embed={how == 'embedded'}, prove=False)"
             status = zygote(KILLER.format(k=k, when=when) + call)
             assert status in (0, -signal.SIGKILL)
-            assert set(partials(tmp_path)) <= {GRAPH + ".partial", DATA + ".partial"}
+            assert set(partials(tmp_path)) <= {name + end for name in (GRAPH, DATA) for end in (".partial", ".lock")}
             found.append(old_or_new(target))
             # a save after such a kill works, of whatever kind
             lc.save(network("tiny", 0), target, embed=how == "embedded", prove=False)

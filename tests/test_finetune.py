@@ -101,14 +101,19 @@ def timeless(report: FinetuneReport) -> list[dict]:
     return [record.model_dump(exclude={"seconds"}) for record in report.history]
 
 
-def batches_of(model: nn.Module, seen: list[torch.Tensor]):
-    """What goes through a network while it is trained."""
+@pytest.fixture
+def batches_of(monkeypatch):
+    """``batches_of(net, see)``: ``see`` is called with what goes through a network while it is trained; hooks are refused."""
+    lookers = []
 
-    def look(module, args) -> None:
-        if module.training:
-            seen.append(args[0].detach().clone())
+    def passed(step: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        for net, see in lookers:
+            if step is net.steps[0] and net.training:
+                see(x.detach().clone())
+        return step(x)
 
-    return model.register_forward_pre_hook(look)
+    monkeypatch.setattr("lipconvert.network.passed", passed)
+    return lambda net, see: lookers.append((net, see))
 
 
 def rows_of(batch: torch.Tensor, data: TensorDataset) -> list[int]:
@@ -319,16 +324,15 @@ ALL_OF_IT = {
 
 
 @pytest.mark.parametrize("options", [PLAIN_STEPS, ALL_OF_IT, {"clip": 1e3}, {"epsilon": 0.1}])
-def test_the_steps_of_the_loop_are_adams_written_by_hand(options):
+def test_the_steps_of_the_loop_are_adams_written_by_hand(options, batches_of):
     net, data = network(activation="tanh"), labelled((SIZE,), 11)
     config = configured(epochs=2, batch_size=4, **options)
     stage = net.stages[0]
     epsilon = config.epsilon if config.epsilon is not None else stage.epsilon
     p = {name: getattr(stage, name).detach().clone().requires_grad_(True) for name in NAMES}
     seen, losses = [], []
-    hook = batches_of(net, seen)
+    batches_of(net, seen.append)
     report = lc.finetune(net, data, config=config, on_step=lambda step, total, loss: losses.append((step, total, loss)))
-    hook.remove()
     assert len(seen) == 6  # batches of 4, 4 and 3
     rates = config.learning_rates
     factor = {
@@ -372,13 +376,13 @@ def test_the_steps_of_the_loop_are_adams_written_by_hand(options):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_a_step_of_muon_turns_the_gradient_of_a_matrix_into_its_orthogonal_factor(decay):
+def test_a_step_of_muon_turns_the_gradient_of_a_matrix_into_its_orthogonal_factor(decay, batches_of):
     """Against singular vectors: Newton and Schulz's values are within 0.6 to 1.3 of 1 where the gradient's are not tiny."""
     net, data = network(activation="tanh"), labelled((SIZE,), 8)
     rates, config = {"G": 2.0}, configured(epochs=1, optimizer="muon", learning_rates={"G": 2.0}, weight_decay=decay)
     stage, seen = net.stages[0], []
     p = {name: getattr(stage, name).detach().clone().requires_grad_(True) for name in NAMES}
-    batches_of(net, seen)
+    batches_of(net, seen.append)
     lc.finetune(net, data, config=config)
     logits = network_by_hand(p, 1.5, 0.2, seen[0])
     loss = loss_by_hand(logits, data.tensors[1][rows_of(seen[0], data)], math.sqrt(2.0) * 1.5 * 0.1, 0.5)
@@ -440,9 +444,9 @@ def test_a_flat_network_is_trained_on_images():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
-def test_every_sample_is_taken_exactly_once_an_epoch(batch_size):
+def test_every_sample_is_taken_exactly_once_an_epoch(batch_size, batches_of):
     net, data, seen = network(), labelled((SIZE,), 11), []
-    batches_of(net, seen)
+    batches_of(net, seen.append)
     report = lc.finetune(net, data, config=configured(epochs=3, batch_size=batch_size))
     per_epoch = math.ceil(11 / batch_size)
     assert len(seen) == 3 * per_epoch
@@ -457,9 +461,9 @@ def test_every_sample_is_taken_exactly_once_an_epoch(batch_size):
     assert orders[1] != orders[2]
 
 
-def test_images_are_augmented_sample_by_sample_and_otherwise_left_alone():
+def test_images_are_augmented_sample_by_sample_and_otherwise_left_alone(batches_of):
     net, data, seen = image_network(), labelled((3, 4, 6), 40), []
-    batches_of(net, seen)
+    batches_of(net, seen.append)
     lc.finetune(net, data, config=configured(epochs=2, batch_size=20, augment={"flip": True}, tolerance=1e-3))
     originals, patterns = data.tensors[0], set()
     for batch in seen:
@@ -474,10 +478,10 @@ def test_images_are_augmented_sample_by_sample_and_otherwise_left_alone():
     assert len(patterns) == 4  # every step has draws of its own, alike with probability 2^-20
 
 
-def test_images_are_augmented_by_the_very_draws_of_their_rows_and_colours_by_factors_within_the_range():
+def test_images_are_augmented_by_the_very_draws_of_their_rows_and_colours_by_factors_within_the_range(batches_of):
     net, data, seen = image_network(), labelled((3, 4, 6), 12), []
     data.tensors[0].mul_(0.5)  # so that nothing is clamped
-    batches_of(net, seen)
+    batches_of(net, seen.append)
     augment = {"brightness": (0.5, 1.5)}
     lc.finetune(net, data, config=configured(epochs=1, batch_size=4, augment=augment, tolerance=1e-3))
     factors = []
@@ -818,17 +822,16 @@ def test_the_gradient_of_the_penalty_is_its_difference_quotient(norm):
         assert float((getattr(stage, name).grad * torch.from_numpy(direction)).sum()) == pytest.approx(slope, rel=1e-5)
 
 
-def test_the_loop_steps_along_the_gradient_of_loss_and_penalty():
+def test_the_loop_steps_along_the_gradient_of_loss_and_penalty(batches_of):
     net, data, grads, weights = image_network(), labelled((3, 4, 6), 6), [], []
     supports = [_Support(copy.deepcopy(stage)) for stage in net.stages if stage.grid]
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda q, n=name: grads.append((n, q.grad.clone())))
-    look = net.register_forward_pre_hook(lambda m, args: weights.append(weights_of(m)) if m.training else None)
+    batches_of(net, lambda x: weights.append(weights_of(net)))
     config = configured(epochs=2, batch_size=6, penalty={"weight": 0.3, "norm": "l2"}, loss={"offset": 0.2})
     other = copy.deepcopy(net)
     lc.finetune(net, data, config=config)
-    look.remove()
     other.load_state_dict(other.state_dict() | weights[1])
     other.set_options(lc.SolverOptions())
     loss = margin_loss(other(data.tensors[0]), data.tensors[1], math.sqrt(2.0) * other.lipschitz * 0.2, 0.25)
@@ -1032,14 +1035,13 @@ def test_patience_stops_so_many_epochs_after_the_best(patience):
         assert record == there
 
 
-def test_samples_held_out_are_disjoint_from_the_others_and_fixed_by_the_seed():
+def test_samples_held_out_are_disjoint_from_the_others_and_fixed_by_the_seed(batches_of):
     data, held_rows = labelled((SIZE,), 40), {}
     for name, options in {"a": {}, "b": {"epochs": 1, "batch_size": 5, "learning_rate": 1.0}, "c": {"seed": 1}}.items():
         net, seen = network(), []
-        hook = batches_of(net, seen)
+        batches_of(net, seen.append)
         look, found = snapshots(lambda net=net: net)
         report = lc.finetune(net, data, config=configured(held_out=13, **options), on_epoch=look)
-        hook.remove()
         trained = {row for batch in seen for row in rows_of(batch, data)}
         assert len(trained) == report.train_samples == 27
         assert report.validation_samples == 13
@@ -1759,10 +1761,10 @@ def test_equilibria_are_not_compiled():
         lc.finetune(network(), labelled((SIZE,), 20), config=configured(compile=True))
 
 
-def test_float64_is_float64_all_the_way():
+def test_float64_is_float64_all_the_way(batches_of):
     seen = []
     net = network().float()
-    net.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    batches_of(net, lambda x: seen.append(x.dtype))
     lc.finetune(net, labelled((SIZE,), 20), config=configured())
     assert dtypes_of(net) == {torch.float64}
     assert set(seen) == {torch.float64}

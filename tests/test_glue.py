@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -179,3 +182,107 @@ def test_glue_is_shown_with_its_numbers() -> None:
     assert "5" in repr(lc.PadChannels(5))
     assert "2" in repr(lc.FirstFeatures(2))
     assert "3" in repr(lc.MeanPool(3))
+
+
+class Far(nn.Module):
+    """x -> (x + 4096) - 4096: the identity, but for twelve binary digits."""
+
+    shift = 4096.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.shift) - self.shift
+
+
+class FarPlugin:
+    """Knows the constant of `Far`, not what it rounds."""
+
+    @staticmethod
+    @lc.hookimpl
+    def to_dae(model: nn.Module) -> None:
+        del model
+
+    @staticmethod
+    @lc.hookimpl
+    def glue_lipschitz(module: nn.Module) -> float | None:
+        return 1.0 if isinstance(module, Far) else None
+
+
+class ExactFarPlugin(FarPlugin):
+    """Knows both: |x + c| u, twice, and a little for u squared."""
+
+    @staticmethod
+    @lc.hookimpl
+    def glue_rounding(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[float, float] | None:
+        if not isinstance(module, Far):
+            return None
+        return 3.0 * module.shift * math.prod(input_shape) ** 0.5, 3.0
+
+
+@pytest.fixture
+def registered(request: pytest.FixtureRequest) -> Iterator[None]:
+    lc.registry().register(request.param, "far")
+    yield
+    lc.registry().unregister("far")
+
+
+def far_network() -> lc.Network:
+    torch.manual_seed(0)
+    head = nn.Linear(4, 3, bias=False)
+    nn.init.orthogonal_(head.weight)
+    return lc.convert(nn.Sequential(Far(), head), (4,), plugin="far")
+
+
+@pytest.mark.parametrize("registered", [FarPlugin], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("registered")
+def test_nothing_is_certified_through_glue_whose_rounding_nobody_states(dtype: torch.dtype) -> None:
+    net = far_network().to(dtype)
+    assert lc.lipschitz_bound(net).lipschitz == pytest.approx(1.0, abs=1e-5)  # of the exact network
+    with pytest.raises(lc.NoCertificateError, match=r"step 0, Far.*glue_rounding"):
+        lc.Certifier(net)
+    with pytest.raises(lc.NoCertificateError, match=r"step 0, Far.*glue_rounding"):
+        lc.certify(net, [(torch.rand(4, dtype=dtype), 0)])
+
+
+@pytest.mark.parametrize("registered", [ExactFarPlugin], indirect=True)
+@pytest.mark.usefixtures("registered")
+def test_what_glue_rounds_is_taken_off_the_radius() -> None:
+    """Inputs next to a boundary of two classes: their exact margins are a few units of what the glue loses."""
+    net = far_network().float()
+    certifier = lc.Certifier(net)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(600, 4, generator=generator)
+    M = torch.autograd.functional.jacobian(far_network(), torch.rand(1, 4).double())[0, :, 0].numpy()
+    logits = x.double().numpy() @ M.T
+    top, second = np.argsort(-logits, 1)[:, :2].T
+    away = M[top] - M[second]
+    gap = (logits[range(600), top] - logits[range(600), second]) / (away**2).sum(1)
+    wanted = np.geomspace(1e-5, 1e-1, 600)  # l2 distances from the boundary
+    near = x.double().numpy() - (gap - wanted / np.linalg.norm(away, axis=1))[:, None] * away
+    x = torch.from_numpy(near).float()
+    radius = certifier(x, net(x).argmax(1))["radius"][:, -1]
+    certified = radius > 0
+    assert 100 < int(certified.sum()) < 500  # a margin below the rounding of the glue has no radius
+    assert float(radius.max()) > 0.05  # and a large one loses nothing much
+    directions = torch.from_numpy(-away / np.linalg.norm(away, axis=1, keepdims=True))
+    own = net(x).argmax(1)
+    for share in (0.3, 0.9, 0.999):
+        moved = (x.double() + share * radius.clamp(min=0.0)[:, None] * directions).float()
+        inside = torch.linalg.vector_norm(moved.double() - x.double(), dim=1) < radius
+        assert bool((net(moved).argmax(1) == own)[certified & inside].all())
+
+
+@pytest.mark.parametrize("answer", [3.0, (1.0,), (-1.0, 0.0), (0.0, float("nan")), ("a", 1.0), (10**400, 0)])
+def test_a_statement_of_rounding_that_is_none(answer: object) -> None:
+    class Wrong(FarPlugin):
+        @staticmethod
+        @lc.hookimpl
+        def glue_rounding(module: nn.Module) -> object:
+            return answer
+
+    lc.registry().register(Wrong, "far")
+    try:
+        with pytest.raises(lc.PluginError, match=r"glue_rounding must return \(a, b\)"):
+            far_network()
+    finally:
+        lc.registry().unregister("far")

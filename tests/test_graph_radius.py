@@ -108,6 +108,14 @@ def test_outputs_are_within_the_error_bound(saved, dtype, scale):
         assert float(bound.max()) < 1e5 * float(off.max())
 
 
+def test_no_samples(saved, dtype):
+    net, _, path = saved
+    x = torch.rand(2, *net.input_shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+    both, none = run(path, x), run(path, x[:0])
+    assert [y.dtype for y in none] == [y.dtype for y in both]
+    assert [tuple(y.shape) for y in none] == [(0, *y.shape[1:]) for y in both]
+
+
 def test_no_radius_is_larger_than_what_is_certified(saved, dtype):
     net, certifier, path = saved
     generator = torch.Generator().manual_seed(3)
@@ -241,7 +249,7 @@ def test_a_road_of_convolutions_counts_its_taps():
     stage = net.stages[0]
     chosen = plan(stage, "s", *stored_W(stage))
     assert chosen.how.method == "convolutions"
-    found = road(chosen)
+    found = road(chosen, stage.running())
     assert found.pixels
     taps = (chosen.W != 0).flatten(2).sum((1, 2)) + (stage.U != 0).flatten(2).sum((1, 2))
     assert bool((found.counts[0] >= taps).all())
@@ -288,7 +296,7 @@ def test_weights_that_are_no_numbers_are_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.999])
+@pytest.mark.parametrize("factor", [0.5, 0.97])
 def test_smaller_errors_or_pairs_are_found_out(tmp_path, factor):
     net = network("aol, dense").float()
     lc.save(net, tmp_path / "net.onnx", outputs=OUTPUTS)

@@ -149,6 +149,20 @@ class TestExamples:
             assert found <= allowed
 
     @both
+    @tuned_or_not
+    @examples
+    def test_no_samples(self, name, index, dtype, tuned, files):
+        net, path = files(name, index, dtype, tuned)
+        x = samples(net, 3)
+        expected = outputs(net, x)
+        runner = session(path)
+        for count in (0, 2, 0):
+            (y,) = run(runner, x[:count])
+            assert y.dtype == expected.dtype
+            assert y.shape == (count, *expected.shape[1:])
+        assert outputs(net, x[:0]).shape == y.shape
+
+    @both
     @examples
     def test_same_outputs_as_the_source(self, name, index, dtype, files):
         net, path = files(name, index, dtype, False)
@@ -295,10 +309,12 @@ class TestGlue:
         net = lc.Network([*steps, module], [None] * (len(steps) + 1), shape).to(dtype).eval()
         path = saved(net, tmp_path, prove=False)
         runner = session(path)
-        for count, scale in ((5, 1.0), (1, 1e3)):
+        for count, scale in ((5, 1.0), (0, 1.0), (1, 1e3)):
             x = samples(net, count, scale=scale)
             y, expected = run(runner, x)[0], outputs(net, x)
             assert y.shape == expected.shape
+            if count == 0:
+                continue
             slack = scale if kind in BOUNDED else 1.0  # what saturates is small beside the errors of its argument
             assert difference(y, expected) <= slack * TOLERANCE[dtype]
 

@@ -4,11 +4,17 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import pkgutil
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lipconvert as lc
 
@@ -131,6 +137,50 @@ class TestPublicNames:
             p.name for p in CORE_FILES for m, n in _imports(p) if m.endswith("testing") or (m == "." and n == "testing")
         ]
         assert importers == []
+
+
+class TestVersions:
+    """constraints.txt, by which everything is installed, and .ci/lowest, against pyproject.toml."""
+
+    ROOT = TESTS.parent
+
+    def declared(self):
+        project = tomllib.loads((self.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        extras = project["optional-dependencies"].values()
+        given = [Requirement(r) for r in (*project["dependencies"], *itertools.chain(*extras))]
+        return [r for r in given if r.name != "lipconvert"]
+
+    def pinned(self, text):
+        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        found = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+        assert len(found) == len(lines)
+        for requirement in found.values():
+            assert requirement.url is None
+            assert [s.operator for s in requirement.specifier] == ["=="]
+        return {name: next(iter(r.specifier)).version for name, r in found.items()}
+
+    def test_constraints_are_versions_that_are_declared(self):
+        pinned = self.pinned((self.ROOT / "constraints.txt").read_text(encoding="utf-8"))
+        for requirement in self.declared():
+            name = canonicalize_name(requirement.name)
+            if name in pinned:
+                assert requirement.specifier.contains(pinned[name]), requirement
+        assert {canonicalize_name(r.name) for r in self.declared()} - set(pinned) <= {"tensorboard"}
+
+    def test_the_lowest_ones_are_those_declared(self):
+        script = self.ROOT / ".ci" / "lowest"
+        if not script.exists():
+            pytest.skip("not in a source distribution")
+        lowest = self.pinned(
+            subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout
+        )
+        for requirement in self.declared():
+            (specifier,) = requirement.specifier
+            if specifier.operator == ">=":
+                assert lowest.pop(canonicalize_name(requirement.name)) == specifier.version
+            else:
+                assert specifier.operator == "=="
+        assert lowest == {}
 
 
 class TestDistribution:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -393,28 +395,99 @@ def test_unit_roundoff_follows_how_float32_is_multiplied():
             unit_roundoff(dtype)
 
 
-NEW_SETTINGS = """
-import torch
+EXACT, TF32, BF16 = 2.0**-24, 2.0**-11, 2.0**-8
+# What is set -> u of float32 products on the CPU, on CUDA, and of convolutions on both; None: refused.
+# By what torch documents: a setting of a backend, or of all; its conv is TF32 on CUDA unless it is switched off.
+SETTINGS = {
+    "pass": (EXACT, EXACT, EXACT, TF32),
+    "torch.set_float32_matmul_precision('high')": (TF32, TF32, TF32, TF32),
+    "torch.set_float32_matmul_precision('medium')": (BF16, TF32, BF16, TF32),
+    "b.cuda.matmul.allow_tf32 = True": (EXACT, TF32, EXACT, TF32),
+    "b.cudnn.allow_tf32 = False": (EXACT, EXACT, EXACT, EXACT),
+    "b.cudnn.conv.fp32_precision = 'ieee'": (EXACT, EXACT, EXACT, EXACT),
+    "b.fp32_precision = 'ieee'": (EXACT, EXACT, EXACT, EXACT),
+    "b.fp32_precision = 'tf32'": (TF32, TF32, TF32, TF32),
+    "b.fp32_precision = 'bf16'": (BF16, EXACT, BF16, EXACT),  # which no product on CUDA has: more may be claimed
+    "b.cuda.matmul.fp32_precision = 'tf32'": (EXACT, TF32, EXACT, TF32),
+    "b.cudnn.fp32_precision = 'tf32'": (EXACT, TF32, EXACT, TF32),
+    "b.mkldnn.fp32_precision = 'bf16'": (BF16, EXACT, BF16, EXACT),
+    "b.mkldnn.matmul.fp32_precision = 'bf16'": (BF16, EXACT, BF16, TF32),
+    "b.mkldnn.matmul.fp32_precision = 'tf32'": (TF32, EXACT, TF32, TF32),
+    "b.mkldnn.conv.fp32_precision = 'bf16'": (EXACT, EXACT, BF16, TF32),
+    "b.cuda.matmul.allow_bf16_reduced_precision_reduction = False": (EXACT, EXACT, EXACT, TF32),
+    "os.environ['NVIDIA_TF32_OVERRIDE'] = '1'": (EXACT, TF32, EXACT, TF32),
+    "os.environ['NVIDIA_TF32_OVERRIDE'] = '7'": (EXACT, TF32, EXACT, TF32),  # reserved
+    "os.environ['NVIDIA_TF32_OVERRIDE'] = '0'": (EXACT, EXACT, EXACT, TF32),  # it may have been set too late
+    "os.environ['CUBLAS_EMULATE_SINGLE_PRECISION'] = '1'": (EXACT, None, EXACT, None),
+    "os.environ['DNNL_DEFAULT_FPMATH_MODE'] = 'BF16'": (BF16, EXACT, BF16, TF32),
+    "os.environ['ONEDNN_DEFAULT_FPMATH_MODE'] = 'tf32'": (TF32, EXACT, TF32, TF32),
+    "os.environ['ONEDNN_DEFAULT_FPMATH_MODE'] = 'ANY'": (None, EXACT, None, TF32),
+    "os.environ['ONEDNN_DEFAULT_FPMATH_MODE'] = 'strict'": (EXACT, EXACT, EXACT, TF32),
+}
+ASKED = """
+import json, os, sys, torch
+from lipconvert.errors import InvalidParameterError
 from lipconvert.rounding import unit_roundoff
-torch.backends.{where}.fp32_precision = "{how}"
-print(unit_roundoff(torch.float32, torch.device("{device}")))
+
+def unit(device, convolutions):
+    try:
+        return unit_roundoff(torch.float32, torch.device(device), convolutions=convolutions)
+    except InvalidParameterError as error:
+        return str(error)
+
+b = torch.backends
+for setting in json.load(sys.stdin):
+    if os.fork() == 0:  # such settings cannot be taken back
+        exec(setting)
+        found = [unit(device, convolutions) for convolutions in (False, True) for device in ("cpu", "cuda")]
+        print(json.dumps([setting, found]), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize(
-    ("where", "how", "device", "u"),
-    [
-        ("cuda.matmul", "tf32", "cuda", 2.0**-11),
-        ("mkldnn.matmul", "bf16", "cpu", 2.0**-8),
-        ("mkldnn.matmul", "tf32", "cpu", 2.0**-11),
-    ],
-)
-def test_unit_roundoff_understands_settings_for_each_backend(where, how, device, u):
-    # in a process of its own: such a setting cannot be taken back
-    code = NEW_SETTINGS.format(where=where, how=how, device=device)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert float(done.stdout) >= u
+def asked(settings: list[str], **environment: str) -> dict[str, list[float | str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED],
+        input=json.dumps(settings),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+def test_unit_roundoff_sees_every_setting_and_variable():
+    found = asked(list(SETTINGS))
+    assert found.keys() == SETTINGS.keys()
+    for setting, expected in SETTINGS.items():
+        for u, v in zip(found[setting], expected, strict=True):
+            if v is None:
+                assert setting.split("'")[1] in str(u), (setting, u)
+            elif "fp32_precision = 'bf16'" in setting:
+                assert isinstance(u, float), (setting, u)
+                assert u >= v, setting
+            else:
+                assert u == v, (setting, found[setting])
+
+
+def test_a_variable_counts_though_it_is_taken_away_again():
+    gone = "os.environ.pop('NVIDIA_TF32_OVERRIDE')"  # cuBLAS read it when the process began
+    assert asked(["pass", gone], NVIDIA_TF32_OVERRIDE="1") == dict.fromkeys(["pass", gone], [EXACT, TF32] * 2)
+
+
+def test_unit_roundoff_of_float64_and_of_other_devices(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert unit_roundoff(torch.float64, cuda) == unit_roundoff(torch.float64) == 2.0**-53
+    monkeypatch.setenv("CUBLAS_EMULATE_DOUBLE_PRECISION", "1")
+    assert unit_roundoff(torch.float64) == 2.0**-53
+    with pytest.raises(InvalidParameterError, match="CUBLAS_EMULATE_DOUBLE_PRECISION"):
+        unit_roundoff(torch.float64, cuda)
+    for kind in ("meta", "mps", "xpu"):
+        with pytest.raises(InvalidParameterError, match="CPU and CUDA"):
+            unit_roundoff(torch.float32, torch.device(kind))
 
 
 @pytest.mark.usefixtures("_settings_restored")

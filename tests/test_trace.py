@@ -99,7 +99,7 @@ def test_a_constraint_of_its_own_is_taken():
 def test_hooks_are_refused():
     layer = SLLLinear(4)
     layer.register_forward_hook(lambda module, args, out: 3.0 * out)
-    with pytest.raises(lc.UnsupportedModuleError, match="hooks"):
+    with pytest.raises(lc.UnsupportedModuleError, match="forward hook"):
         lc.convert(nn.Sequential(layer))
 
 
@@ -279,7 +279,7 @@ def test_unshuffling_behind_glue(merge):
 def test_a_forward_put_on_an_instance_is_seen():
     model = nn.Sequential(SLLLinear(4))
     model.forward = lambda x: 2.0 * x
-    with pytest.raises(lc.UnsupportedModuleError, match="forward of its own"):
+    with pytest.raises(lc.UnsupportedModuleError, match="its forward was set on this one module"):
         lc.convert(model, (4,))
 
 

@@ -7,19 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipconvert import InvalidParameterError, MeanPool, ShapeError, UnsupportedModuleError, required_option
+from lipconvert import InvalidParameterError, MeanPool, ShapeError, UnsupportedModuleError, count, required_option
 
 PADDING = ("circular", "zeros")
 
 
 def kernel_shape(kernel_size: int | tuple[int, int], padding_mode: str = "circular") -> tuple[int, int]:
     """(kh, kw); raises `InvalidParameterError` for sizes below 1 or an unknown padding mode."""
-    kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-    if kh < 1 or kw < 1:
-        raise InvalidParameterError("kernel_size", kernel_size, "it must be at least 1")
+    given = tuple(kernel_size) if isinstance(kernel_size, tuple | list) else (kernel_size, kernel_size)
+    if len(given) != 2:
+        raise InvalidParameterError("kernel_size", kernel_size, "it must be one size or two")
+    kh, kw = (count(size, "kernel_size") for size in given)
     if padding_mode not in PADDING:
         raise InvalidParameterError("padding_mode", repr(padding_mode), f"it must be one of {', '.join(PADDING)}")
-    return int(kh), int(kw)
+    return kh, kw
 
 
 def image_of(layer: nn.Module, input_shape: tuple[int, ...] | None, stride: int = 1) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from lipconvert import (
     activation_of,
     equilibrium,
     full_precision,
+    number,
     psd_sqrt,
     required_option,
     spectral_norm,
@@ -52,11 +53,9 @@ class Monotone(nn.Module):
     ) -> None:
         super().__init__()
         self.options = SolverOptions() if options is None else options
-        if not 0.0 < m < float("inf"):
-            raise InvalidParameterError("m", m, "the monotonicity must be positive")
-        if lipschitz is not None and not 0.0 < lipschitz < float("inf"):
-            raise InvalidParameterError("lipschitz", lipschitz, "a prescribed constant must be positive")
-        self.m, self.prescribed = float(m), None if lipschitz is None else float(lipschitz)
+        self.m = number(m, "m", "the monotonicity must be positive", above=0.0)
+        requirement = "a prescribed constant must be positive"
+        self.prescribed = None if lipschitz is None else number(lipschitz, "lipschitz", requirement, above=0.0)
         self.activation = nn.ReLU() if activation is None else activation
 
     def grid(self, image: tuple[int, ...] = ()) -> Grid:
@@ -212,6 +211,11 @@ class MonotoneDEQConv2d(Monotone):
             return matrices
         norm = spectral_norm(matrices)
         return matrices / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def monotone_states(model: Monotone) -> int:
+    """The states of `monotone_dae`, 0 where σ is the identity."""
+    return 0 if isinstance(model.activation, nn.Identity) else len(model.A.weight)
 
 
 def monotone_dae(model: Monotone, input_shape: tuple[int, ...] | None = None) -> DAE:

@@ -174,6 +174,11 @@ class ResidualConv2d(Residual):
         return f"{super().extra_repr()}, kernel_size={kernel}, padding_mode={self.padding_mode}"
 
 
+def residual_states(layer: Residual) -> int:
+    """The rows s of `residual_dae`, 0 where σ is the identity."""
+    return 0 if isinstance(layer.activation, nn.Identity) else layer.inner
+
+
 def residual_dae(layer: Residual, input_shape: tuple[int, ...] | None = None, dense: bool = False) -> DAE:
     """One layer as a DAE: z = [x; s], R = 2WT⁻¹,
 

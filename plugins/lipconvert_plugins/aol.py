@@ -28,6 +28,7 @@ from lipconvert import (
     conv2d_same,
     dense_operator,
     hookimpl,
+    pixel_unshuffle,
     required_option,
     strided_weight,
 )
@@ -135,7 +136,7 @@ class AOLConv2d(nn.Module):
         if h % self.stride or w % self.stride:
             raise ShapeError("the input of AOLConv2d", f"(B, c, h, w), multiples of {self.stride}", tuple(x.shape))
         kernel, origin = self.P()
-        x = functional.pixel_unshuffle(x, self.stride)
+        x = pixel_unshuffle(x, self.stride)
         return conv2d_same(x, kernel, bias, origin=origin, padding_mode=self.padding_mode)
 
     def forward(self, x: Tensor) -> Tensor:

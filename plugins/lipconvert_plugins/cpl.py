@@ -20,6 +20,7 @@ from ._residual import (
     residual_dae,
     residual_from_layers,
     residual_from_state_dict,
+    residual_states,
 )
 
 
@@ -57,6 +58,11 @@ class CPLNetwork(ResidualNetwork):
 @hookimpl
 def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None, dense: bool) -> DAE | None:
     return residual_dae(model, input_shape, dense) if computes_as(model, _CPL) else None
+
+
+@hookimpl
+def nonlinear_states(model: nn.Module) -> int | None:
+    return residual_states(model) if computes_as(model, _CPL) else None
 
 
 @hookimpl

@@ -23,6 +23,13 @@ def to_dae(model: nn.Module) -> DAE | None:
 
 
 @hookimpl
+def nonlinear_states(model: nn.Module) -> int | None:
+    if not computes_as(model, LBEN):
+        return None
+    return sum(count for activation, count in model.sigma if activation.name != "identity")
+
+
+@hookimpl
 def from_state_dict(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module | None:
     """Our own layout, or those of Revay et al.'s code: ``B`` = (U, b_z), ``V``, ``S``, ``G`` = (G, b_y), and
 

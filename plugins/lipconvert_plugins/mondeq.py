@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lipconvert import DAE, PluginInfo, computes_as, hookimpl
 
-from ._monotone import Monotone, MonotoneDEQ, MonotoneDEQConv2d, monotone_dae, monotone_from_state_dict
+from ._monotone import Monotone, MonotoneDEQ, MonotoneDEQConv2d, monotone_dae, monotone_from_state_dict, monotone_states
 
 
 class _MonDEQ(Monotone):
@@ -32,6 +32,11 @@ class MonDEQConv2d(_MonDEQ, MonotoneDEQConv2d):
 @hookimpl
 def to_dae(model: nn.Module, input_shape: tuple[int, ...] | None) -> DAE | None:
     return monotone_dae(model, input_shape) if computes_as(model, _MonDEQ) else None
+
+
+@hookimpl
+def nonlinear_states(model: nn.Module) -> int | None:
+    return monotone_states(model) if computes_as(model, _MonDEQ) else None
 
 
 @hookimpl

@@ -23,6 +23,8 @@ from lipconvert import (
     computes_as,
     full_precision,
     hookimpl,
+    number,
+    pixel_unshuffle,
     required_option,
 )
 
@@ -78,8 +80,7 @@ class SandwichLinear(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0.0 < scale < float("inf"):
-            raise InvalidParameterError("scale", scale, "it is the layer's Lipschitz constant, which must be positive")
+        scale = number(scale, "scale", "it is the layer's Lipschitz constant, which must be positive", above=0.0)
         self.in_features, self.out_features, self.scale = in_features, out_features, float(scale)
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_features, out_features + in_features))
@@ -127,8 +128,7 @@ class SandwichConv2d(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0.0 < scale < float("inf"):
-            raise InvalidParameterError("scale", scale, "it is the layer's Lipschitz constant, which must be positive")
+        scale = number(scale, "scale", "it is the layer's Lipschitz constant, which must be positive", above=0.0)
         if stride < 1:
             raise InvalidParameterError("stride", stride, "it must be at least 1")
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -150,7 +150,7 @@ class SandwichConv2d(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.stride or x.shape[3] % self.stride:
             expected = f"(B, {self.in_channels}, h, w), h and w multiples of {self.stride}"
             raise ShapeError("the input of SandwichConv2d", expected, tuple(x.shape))
-        x = functional.pixel_unshuffle(x, self.stride)
+        x = pixel_unshuffle(x, self.stride)
         grid = Grid(tuple(x.shape[2:]))
         A, B = self.AB((x.shape[2], x.shape[3]))
         phi = self.psi.exp()
@@ -190,8 +190,7 @@ class SandwichNetwork(nn.Sequential):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 < lipschitz < float("inf"):
-            raise InvalidParameterError("lipschitz", lipschitz, "a prescribed constant must be positive")
+        lipschitz = number(lipschitz, "lipschitz", "a prescribed constant must be positive", above=0.0)
         front = Front(inputs, image, in_channels, channels, conv_depth, pool)
         self.input_shape = front.input_shape
         widths = [front.features, *[front.features if features is None else features] * dense_depth, classes]
@@ -370,7 +369,7 @@ def _convolution(
     if max(kernel) > image[0]:
         raise ShapeError(f"tensor {dotted(path, 'weight')!r}", f"a kernel within the image {image}", kernel)
     values = _values(layer, path)
-    half = torch.fft.rfft2(weight, image)  # the public code normalises these, we the kernel
+    half = Grid(image).convolution(weight)  # the public code normalises these, we the kernel
     values["alpha"] = values["alpha"] * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(half)
     module = SandwichConv2d(width, out, kernel, stride, "bias" in layer, activation, scale)
     return fill(module, values), image
