@@ -539,6 +539,7 @@ class _Plan:
         return [group for group in split if group["params"]]
 
 
+@isolated
 def require_fit(net: Network, train: Any, config: TrainingConfig) -> None:
     """Raises what `finetune` would raise of a configuration for a network of these shapes, before anything is trained."""
     samples, _ = _split(train, None, config, net.input_shape)

@@ -8,16 +8,22 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from lipconvert_plugins.mondeq import MonDEQConv2d
+import yaml
+from lipconvert_plugins.aol import AOLNetwork
+from lipconvert_plugins.cpl import CPLNetwork
+from lipconvert_plugins.g_mondeq import GMonDEQ
+from lipconvert_plugins.mondeq import MonDEQ, MonDEQConv2d
 from lipconvert_plugins.sandwich import SandwichNetwork
 from lipconvert_plugins.sll import SLLNetwork
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lipconvert as lc
+from lipconvert import demo, recipes
 from lipconvert.accuracy import Accuracy
 from lipconvert.augment import Augmentation
 from lipconvert.bounds import Bounds
+from lipconvert.data import load as load_data
 from lipconvert.schema import AugmentConfig
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -28,11 +34,19 @@ MODELS = {
     "sandwich": lambda: SandwichNetwork(image=(6, 8), pool=2, in_channels=2, channels=3, classes=3, dense_depth=1),
     "equilibrium": lambda: nn.Sequential(MonDEQConv2d(2, 3, 2, m=0.5), lc.MeanPool(2), nn.Flatten()),
 }
-SHAPES = {"equilibrium": (2, 4, 6)}
+# Of the other plugins.
+OTHERS = {
+    "cpl": lambda: CPLNetwork(image=(8, 6), pool=2, in_channels=1, channels=3, classes=3, dense_depth=1),
+    "aol": lambda: AOLNetwork(image=(8, 6), pool=2, in_channels=1, channels=3, classes=3, dense_depth=1),
+    "g_mondeq": lambda: GMonDEQ(5, 4, 3),
+    "mondeq": lambda: MonDEQ(5, 4, 3, m=0.3),
+    "lben": lambda: nn.Sequential(lc.LBEN(2, 3, 2, image=(4, 4)), lc.MeanPool(2), nn.Flatten()),
+}
+SHAPES = {"equilibrium": (2, 4, 6), "g_mondeq": (5,), "mondeq": (5,), "lben": (2, 4, 4)}
 
 
 def network(name: str) -> tuple[nn.Module, lc.Network, Tensor]:
-    model = MODELS[name]().double()
+    model = (MODELS | OTHERS)[name]().double()
     shape = SHAPES.get(name) or model.input_shape
     return model, lc.convert(model, shape, check=False), torch.randn(7, *shape)
 
@@ -163,23 +177,56 @@ FUNCTIONS: dict[str, Callable[[lc.Network, Tensor, Tensor, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("data", ["cpu", "cuda"])
+# (where the network is, where the data are, the default device)
+PLACES = {
+    "data on the CPU": ("cuda", "cpu", "cpu"),
+    "data there": ("cuda", "cuda", "cpu"),
+    "all there": ("cuda", "cuda", "cuda"),
+    "nothing there": ("cpu", "cpu", "cuda"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_public_functions_take_a_network_on_the_device(function, data, tmp_path):
-    """Wherever the data are, what comes out is what comes out of the same network on the CPU."""
+def test_public_functions_take_a_network_on_the_device(function, place, tmp_path):
+    """Wherever network and data are and new tensors go, what comes out is what comes out on the CPU."""
+    where, data, default = PLACES[place]
     _, net, x = network("dense")
     labels = net(x).argmax(1)
     labels[0] = (labels[0] + 1) % 3  # one is wrong
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     expected = plain(FUNCTIONS[function](net, x, labels, tmp_path / "here"))
-    there = copy.deepcopy(net).to("cuda")
-    found = FUNCTIONS[function](there, x.to(data), labels.to(data), tmp_path / "there")
-    assert there.device.type == "cuda"
+    there = copy.deepcopy(net).to(where)
+    with torch.device(default):
+        found = FUNCTIONS[function](there, x.to(data), labels.to(data), tmp_path / "there")
+    assert there.device.type == where
     if function in ("methods", "info", "export_vnnlib"):  # words
         assert found == expected
     else:
         torch.testing.assert_close(plain(found), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+def test_models_where_the_device_is_the_default(name):
+    """New models are there, as torch's own layers are; those made before stay where they are; both convert and train."""
+    here, net, x = network(name)
+    y = net(x)
+    with torch.device("cuda"):
+        there = (MODELS | OTHERS)[name]().double()
+        assert {p.device.type for p in there.parameters()} == {"cuda"}
+        for model, inputs in ((here, x), (there, x.to("cuda"))):
+            before = next(model.parameters()).device
+            converted = lc.convert(model, x.shape[1:], check=False)
+            assert converted.device == before
+            model(inputs).square().mean().backward()
+            converted(inputs).square().mean().backward()
+            assert {p.grad.device.type for p in converted.parameters() if p.grad is not None} == {before.type}
+            assert float((converted(inputs) - model(inputs)).detach().abs().max()) <= 1e-10
+            assert lc.to_dae(here, x.shape[1:]).W.device.type == "cpu"
+        assert float((here(x) - y).detach().abs().max()) <= 1e-10
+        there.load_state_dict(here.state_dict())
+        assert float((there(x.to("cuda")).cpu() - y).detach().abs().max()) <= 1e-10
 
 
 def test_certification_counts_the_same():
@@ -304,6 +351,65 @@ def test_a_certifier_refuses_a_network_that_was_moved():
         there(x, labels)
 
 
+def test_fine_tuning_on_the_device_goes_on_where_it_was_saved(tmp_path):
+    """Masks of frozen entries, optimisers and the weights kept come back from the CPU, where a state is read to."""
+    options = {"penalty": {"weight": 0.1, "freeze": True}, "clip": 1.0, "epochs": 2, "batch_size": 6, "held_out": 4}
+    config = lc.TrainingConfig(accelerator="cuda", precision="bf16-mixed", **options)
+
+    def stop(step: int, total: int, loss: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    start, data = network("convolutions")[1].to("cuda"), images()[:14]
+    whole, halves = copy.deepcopy(start), copy.deepcopy(start)
+    lc.finetune(whole, data, config=config)
+    with pytest.raises(KeyboardInterrupt):
+        lc.finetune(copy.deepcopy(start), data, config=config, folder=tmp_path, save_seconds=0.0, on_step=stop)
+    lc.finetune(halves, data, config=config, folder=tmp_path)
+    for ours, theirs in zip(halves.parameters(), whole.parameters(), strict=True):
+        assert ours.device.type == "cuda"
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("default", ["cpu", "cuda"])
+def test_recipes_run_on_the_device(default, tmp_path, monkeypatch):
+    """From a source network to a fine-tuned one; the numbers are those of the CPU."""
+    monkeypatch.chdir(tmp_path)
+    training = {"epochs": 1, "batch_size": 32, "held_out": 30, "keep": "last", "precision": "64-true"}
+    model = {"factory": "lipconvert_plugins.aol:AOLLinear", "arguments": {"in_features": 64, "out_features": 10}}
+    found = []
+    for accelerator in ("cpu", "cuda"):
+        settings = {"data": "digits", "method": "pairwise", "training": {**training, "accelerator": accelerator}}
+        Path("source.yaml").write_text(yaml.safe_dump({"title": "source", "model": model, **settings}))
+        Path("fine.yaml").write_text(yaml.safe_dump({"title": "fine", "start": "source.yaml", **settings}))
+        with torch.device(default):
+            result = recipes.run("fine.yaml", recipes.Order(accelerator, limit=60))
+        net = lc.load(recipes.folder_of("fine.yaml", accelerator, 0) / recipes.NETWORK)
+        found.append((result.certified_accuracy, net(torch.ones(1, 64))))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("default", ["cpu", "cuda"])
+def test_the_demo_runs_on_the_device(default):
+    config = lc.TrainingConfig(epochs=1, batch_size=16, accelerator="cuda", keep="last")
+    x, labels = torch.rand(40, 1, 4, 4), torch.arange(40) % 3
+    with torch.device(default):
+        row = demo.run_one("sll", config, (x.float(), labels), (x[:9].float(), labels[:9]))
+    assert row.max_output_difference <= 1e-10
+    assert row.validation.passed
+
+
+@pytest.mark.parametrize("default", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["digits"])
+def test_data_are_read_to_the_cpu(name, default):
+    with torch.device(default):
+        found = load_data(name, "test")
+        x, label = found.spread(7)[3]
+    assert x.device.type == "cpu"
+    assert isinstance(label, int)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_on_the_device_goes_on_where_it_was_saved(precision, tmp_path):
     config = lc.TrainingConfig(epochs=2, batch_size=16, precision=precision, accelerator="cuda", keep="last")
@@ -323,10 +429,14 @@ def test_training_on_the_device_goes_on_where_it_was_saved(precision, tmp_path):
         assert torch.equal(ours.cpu(), theirs.cpu())
 
 
-def test_augmentation_is_that_of_the_cpu():
+@pytest.mark.parametrize("default", ["cpu", "cuda"])
+@pytest.mark.parametrize("padding", ["reflect", "zeros"])
+def test_augmentation_is_that_of_the_cpu(padding, default):
     colours = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": 0.1}
-    augment = Augmentation(AugmentConfig(crop=2, flip=True, **colours), (3, 12, 10))
+    augment = Augmentation(AugmentConfig(crop=2, flip=True, padding=padding, **colours), (3, 12, 10))
     x, draws = torch.rand(20, 3, 12, 10), augment.draw(20, torch.Generator().manual_seed(1))
-    there = augment(x.to("cuda"), draws)
+    with torch.device(default):
+        draws_again = augment.draw(20, torch.Generator("cpu").manual_seed(1))
+        there = augment(x.to("cuda"), draws_again)
     assert there.device.type == "cuda"
     torch.testing.assert_close(there.cpu(), augment(x, draws), rtol=0.0, atol=1e-12)
