@@ -63,8 +63,8 @@ class Augmentation:
     def draw(self, count: int, generator: torch.Generator) -> Draws:
         """The numbers of ``count`` samples, always as many of them, whatever is asked for."""
         c = self.config
-        uniform = torch.rand(7, count, generator=generator, dtype=torch.float64)
-        order = tuple(torch.randperm(4, generator=generator).tolist())
+        uniform = torch.rand(7, count, generator=generator, dtype=torch.float64, device="cpu")
+        order = tuple(torch.randperm(4, generator=generator, device="cpu").tolist())
 
         def within(row: int, low: float, high: float) -> Tensor:
             return low + (high - low) * uniform[row]
@@ -108,7 +108,7 @@ class Augmentation:
         inside = None
         picked = []
         for size, start in ((height, draws.down), (width, draws.right)):
-            index = torch.arange(size) - self.config.crop + start.unsqueeze(1)
+            index = torch.arange(size, device=start.device) - self.config.crop + start.unsqueeze(1)
             if picked:  # the columns
                 index = torch.where(draws.flip.unsqueeze(1), index.flip(1), index)
             if self.config.padding == "zeros":

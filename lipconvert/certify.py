@@ -208,9 +208,10 @@ def certify(
             # What is wrong or has no answer at the input itself needs no attack; NaN among the pixels would stop one.
             if bool((right := result["correct"][:most]).any()):
                 rows = slice(0, most)
+                tried = x[rows].cpu()
                 stands[rows] = withstands(
                     net,
-                    torch.where(right.reshape(-1, *[1] * (x.dim() - 1)), x[rows], x[rows][right][:1]).to(net.device),
+                    torch.where(right.reshape(-1, *[1] * (x.dim() - 1)), tried, tried[right][:1]),
                     labels[rows],
                     thresholds.tolist(),
                     method=attack.method,

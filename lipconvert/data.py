@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .arguments import isolated
 from .errors import DataError, InvalidParameterError, ShapeError
 
 SPLITS = ("train", "test")
@@ -61,7 +62,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         """So many of them, evenly from the first to the last (a folder is in order of classes), all for None."""
         if count is None or count >= len(self):
             return self
-        rows = torch.arange(count) * len(self) // count
+        rows = torch.arange(count, device="cpu") * len(self) // count
         return Images(self.pixels[rows], self.labels[rows], self.top, self.name)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -129,6 +130,7 @@ _NUMBERED = re.compile(r"-(\d+)-of-(\d+)")
 NAMES = ("digits", *_TORCHVISION, "parquet:DIR", "folder:DIR")
 
 
+@isolated
 def load(name: str, split: str = "test", data_dir: str | Path = "data") -> Images:
     """A data set of `NAMES`, its ``"train"`` or ``"test"`` part.
 

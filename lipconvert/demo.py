@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from . import data
+from .arguments import isolated
 from .certify import RADII, certify
 from .convert import convert
 from .errors import InvalidParameterError
@@ -68,6 +69,7 @@ def new_model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.
     return registry().new_model(name.removesuffix(CONVOLUTIONAL), math.prod(shape), classes, seed, image)
 
 
+@isolated
 def run_one(
     name: str,
     config: TrainingConfig,
@@ -115,6 +117,7 @@ def run_one(
     )
 
 
+@isolated
 def run(
     out: str | Path,
     config: TrainingConfig | None = None,

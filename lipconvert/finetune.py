@@ -426,14 +426,15 @@ class _Support:
     def __init__(self, stage: LBEN) -> None:
         self.stage = stage
         self.outside = self._absent(stage.grid.kernels(stage.dae().W).to(stage.S.dtype))
-        self.outside[:, :, 0, 0] &= ~torch.eye(
-            len(self.outside), dtype=torch.bool, device=self.outside.device
-        )  # W − εΨ is there whatever the support
+        self.outside[:, :, 0, 0] &= ~self._diagonal()  # W − εΨ is there whatever the support
 
     def _absent(self, K: Tensor) -> Tensor:
         """Where kernels are 0 up to round-off."""
         size = K.detach().abs()
         return size <= SUPPORT[K.dtype] * float(size.amax())
+
+    def _diagonal(self) -> Tensor:
+        return torch.eye(len(self.outside), dtype=torch.bool, device=self.outside.device)
 
     def cost(self, norm: str) -> Tensor:
         """‖W outside‖, 1 or 2, of what is more than round-off, where |w| would have the slope ±1 by chance."""
@@ -447,9 +448,8 @@ class _Support:
         for parameter in (stage.G, stage.U, stage.S):
             yield parameter, self._absent(parameter)
         flipped = self.outside.transpose(0, 1).flip(2, 3).roll((1, 1), (2, 3))  # the kernels of W′
-        eye = torch.eye(len(self.outside), dtype=torch.bool, device=self.outside.device)
         outside = self.outside & flipped
-        outside[:, :, 0, 0] &= ~eye
+        outside[:, :, 0, 0] &= ~self._diagonal()
         yield stage.V, outside
 
 
@@ -539,6 +539,7 @@ class _Plan:
         return [group for group in split if group["params"]]
 
 
+@isolated
 def require_fit(net: Network, train: Any, config: TrainingConfig) -> None:
     """Raises what `finetune` would raise of a configuration for a network of these shapes, before anything is trained."""
     samples, _ = _split(train, None, config, net.input_shape)
@@ -605,6 +606,8 @@ class _Run:
         moving = {id(p) for group in plan.groups for p in group["params"]}
         resting = [p for p in model.parameters() if p.requires_grad and id(p) not in moving]
         with ExitStack() as stack:
+            if (device := next((p.device for p in model.parameters()), self.device)) != self.device:
+                stack.callback(model.to, device)
             stack.enter_context(loosely_solved(model, config.tolerance))
             for parameter in resting:
                 parameter.requires_grad_(False)

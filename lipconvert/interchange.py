@@ -222,7 +222,7 @@ def _export(
         if bad := int((~torch.isfinite(x)).sum()):
             raise NotFiniteError("the data", bad, x.numel(), [k])
         with torch.no_grad():
-            logits = single(x.unsqueeze(0).float())[0]
+            logits = single(x.unsqueeze(0).to("cpu", torch.float32))[0]
         if logits.dim() != 1:
             raise ShapeError("the output", "(B, classes)", ("B", *logits.shape), "A property is about classes.")
         if int(logits.argmax()) != int(label):

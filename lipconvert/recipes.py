@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from . import checkpoint, data
+from .arguments import isolated
 from .certify import certify
 from .convert import convert
 from .data import Images
@@ -208,6 +209,7 @@ class Order:
         return seeded if self.source is None else {**seeded, "data": self.source}
 
 
+@isolated
 def run(
     path: str | Path, order: Order | None = None, *, seed: int | None = None, changes: Mapping[str, Any] | None = None
 ) -> RecipeResult:

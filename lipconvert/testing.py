@@ -20,6 +20,8 @@ Tolerances are class attributes. Override one only with the reason beside it:
 * ``batch_tolerance``: a prediction may depend on its batch by the order of additions only.
 * ``strict_delta``: the δ of the strict start.
 
+``device``: where the models, the converted networks and their inputs are. Conversion runs on the CPU in any case.
+``directions``: Jacobians are taken in so many random directions of the output, in all of them for None.
 ``options(model)`` gives what a weights file of the architecture does not hold, for plugins with ``from_state_dict``.
 """
 
@@ -119,9 +121,9 @@ def _inputs_of(dae: DAE, x: Tensor) -> Tensor:
     return nn.functional.pixel_unshuffle(x, stride) if stride > 1 else x.reshape(-1, *dae.input_shape)
 
 
-def _lipschitz_quotient(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def _lipschitz_quotient(function: Callable[[Tensor], Tensor], x: Tensor, directions: int | None) -> float:
     """The largest of ‖∂y/∂x‖₂ over a batch and of |f(x) − f(x′)|/|x − x′| over neighbours in it."""
-    norm = float(torch.linalg.matrix_norm(jacobian(function, x), 2).max())
+    norm = float(torch.linalg.matrix_norm(jacobian(function, x, directions), 2).max())
     with torch.no_grad():
         y = function(x)
     quotients = [
@@ -134,7 +136,7 @@ def _train(model: nn.Module, x: Tensor, steps: int, learning_rate: float = 1e-2)
     """Adam on a loss that drives the outputs up without bound: what a constraint has to withstand."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        target = torch.randn(model(x).shape, generator=generator, dtype=x.dtype)
+        target = torch.randn(model(x).shape, generator=generator, dtype=x.dtype).to(x.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     _true(f"{type(model).__name__} has no trainable parameters", bool(parameters))
     optimiser = torch.optim.Adam(parameters, lr=learning_rate)
@@ -148,6 +150,8 @@ class PluginConformance:
     """About 25 tests for the plugin named ``plugin``; see the module docstring. Inherit, and name the class ``Test...``."""
 
     plugin: str = ""
+    device: str = "cpu"
+    directions: int | None = None
     seeds: tuple[int, ...] = (0, 1)
     samples: int = 8
 
@@ -180,7 +184,7 @@ class PluginConformance:
     def model(self, request: pytest.FixtureRequest) -> nn.Module:
         """One example in float64 and eval mode."""
         seed, index = request.param
-        return registry().example_models(self.plugin, seed)[index].double().eval()
+        return registry().example_models(self.plugin, seed)[index].to(self.device, torch.float64).eval()
 
     @property
     def record(self) -> Plugin:
@@ -191,7 +195,7 @@ class PluginConformance:
         """Standard normal samples of the model's input shape, float64, always the same."""
         shape = tuple(model.input_shape)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(7)
-        return torch.randn(count or self.samples, *shape, generator=generator, dtype=torch.float64)
+        return torch.randn(count or self.samples, *shape, generator=generator, dtype=torch.float64).to(self.device)
 
     def options(self, model: nn.Module) -> dict[str, Any]:
         """What the architecture's weights files do not hold: sizes, L, and numbers the model carries as attributes."""
@@ -290,9 +294,9 @@ class PluginConformance:
         same = _same_tensors(model.state_dict(), again.state_dict())
         _true("new_model does not give the same weights twice for one seed", same)
         _true(f"input_shape is {model.input_shape}, not (6,)", tuple(model.input_shape) == (6,))  # type: ignore[arg-type]
-        model = model.double()
+        model = model.to(self.device, torch.float64)
         x = self.inputs(model)
-        labels = torch.arange(len(x)) % 3
+        labels = torch.arange(len(x), device=x.device) % 3
         before = copy.deepcopy(model.state_dict())
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
         nn.functional.cross_entropy(model(x), labels).backward()
@@ -354,14 +358,14 @@ class PluginConformance:
     def test_W_rebuilt(self, model: nn.Module) -> None:
         """W written out from the parameters by paper eq. (2), and the W in use, are the W of the DAE."""
         for dae, stage in self.stages(model, convert(model, check=False)):
-            Psi, L = stage.log_psi.detach().exp(), stage.lipschitz
-            G, U, V, S = (_matrices(p.detach()) for p in (stage.G, stage.U, stage.V, stage.S))
+            Psi, L = stage.log_psi.detach().cpu().exp(), stage.lipschitz
+            G, U, V, S = (_matrices(p.detach().cpu()) for p in (stage.G, stage.U, stage.V, stage.S))
             eye = torch.eye(len(Psi), dtype=G.dtype)
             inverse = torch.diag(1.0 / Psi).to(G.dtype)
             inner = G.mH @ G / (2 * L) + inverse @ U @ U.mH @ inverse / (2 * L) + V.mH @ V + S - S.mH
             W = eye - torch.diag(Psi).to(G.dtype) @ (inner + stage.epsilon * eye)
             size = max(1.0, float(torch.linalg.matrix_norm(dae.W).amax()))
-            for name, rebuilt in (("by eq. (2)", W), ("in use", stage.W.detach())):
+            for name, rebuilt in (("by eq. (2)", W), ("in use", stage.W.detach().cpu())):
                 error = float(torch.linalg.matrix_norm(rebuilt - dae.W).amax()) / size
                 _at_most(f"‖W {name} - W‖ of {stage.name}", error, self.W_tolerance)
 
@@ -371,7 +375,7 @@ class PluginConformance:
         with torch.no_grad():
             y = model(x)
             dae = to_dae(model)
-            through_dae = evaluate(dae, _inputs_of(dae, x)).reshape(y.shape)
+            through_dae = evaluate(dae, _inputs_of(dae, x.cpu())).reshape(y.shape).to(self.device)
             through_net = convert(model, check=False)(x)
         _at_most("outputs, DAE - source", relative_difference(through_dae, y), self.output_tolerance)
         _at_most("outputs, LBEN - source", relative_difference(through_net, y), self.output_tolerance)
@@ -379,7 +383,7 @@ class PluginConformance:
     def test_input_gradients_equal(self, model: nn.Module) -> None:
         """∂y/∂x of the source by its own backward pass is that of the converted network."""
         x = self.inputs(model)
-        expected, actual = jacobian(model, x), jacobian(convert(model, check=False), x)
+        expected, actual = (jacobian(f, x, self.directions) for f in (model, convert(model, check=False)))
         _at_most("input gradients, LBEN - source", relative_difference(actual, expected), self.gradient_tolerance)
 
     def test_bounded_by_L(self, model: nn.Module) -> None:
@@ -388,7 +392,7 @@ class PluginConformance:
         x = self.inputs(model)
         for name, function in (("source", model), ("network", net)):
             bound = net.lipschitz * (1.0 + self.jacobian_slack)
-            _at_most(f"slope of the {name}", _lipschitz_quotient(function, x), bound)
+            _at_most(f"slope of the {name}", _lipschitz_quotient(function, x, self.directions), bound)
 
     def test_float32_end_to_end(self, model: nn.Module) -> None:
         """A float32 model, its conversion cast to float32: the outputs of the same weights in float64."""
@@ -467,7 +471,7 @@ class PluginConformance:
         for stage in net.stages:
             least, size = _least_eigenvalue(stage.dae())
             _at_most(f"-λ_min of H of {stage.name}", -least, self.trained_eigenvalue_tolerance * size)
-        _at_most("slope of the network", _lipschitz_quotient(net, x), L * (1.0 + self.jacobian_slack))
+        _at_most("slope of the network", _lipschitz_quotient(net, x, self.directions), L * (1.0 + self.jacobian_slack))
 
     def test_source_keeps_L_in_training(self, model: nn.Module) -> None:
         """After ten Adam steps the source is within the L its DAE states then: the constraint holds by construction."""
@@ -477,7 +481,7 @@ class PluginConformance:
         least, size = _least_eigenvalue(dae)
         _at_most("-λ_min of H", -least, self.eigenvalue_tolerance * size)
         bound = dae.lipschitz * (1.0 + self.jacobian_slack)
-        _at_most("slope of the source", _lipschitz_quotient(model, x), bound)
+        _at_most("slope of the source", _lipschitz_quotient(model, x, self.directions), bound)
         convert(model)  # validates, and raises when it fails
 
     def test_strict_start(self, model: nn.Module) -> None:
@@ -499,7 +503,7 @@ class PluginConformance:
         """A saved and loaded network has the same tensors, the same outputs and the same L, bit by bit."""
         net = convert(model, check=False).to(dtype)
         save(net, tmp_path / "net.safetensors")
-        loaded = load(tmp_path / "net.safetensors")
+        loaded = load(tmp_path / "net.safetensors").to(self.device)
         x = self.inputs(model).to(dtype)
         _true("the tensors differ", _same_tensors(loaded.state_dict(), net.state_dict()))
         _true(f"L is {loaded.lipschitz}, not {net.lipschitz}", loaded.lipschitz == net.lipschitz)
@@ -541,4 +545,4 @@ class PluginConformance:
         if dae.sigma == expected.sigma:
             x = self.inputs(model)
             with torch.no_grad():
-                _true("the outputs differ", torch.equal(rebuilt.eval()(x), model(x)))
+                _true("the outputs differ", torch.equal(rebuilt.to(self.device).eval()(x), model(x)))

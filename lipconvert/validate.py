@@ -160,7 +160,7 @@ def compare(
             where = members[0].path or type(stage).__name__
             at_most("L of the glue - L of its source", where, abs(L / members[0].lipschitz - 1.0), 1e-14)
             continue
-        rebuilt = stage.dae()
+        rebuilt = copy.deepcopy(stage).cpu().dae()
         if (rebuilt.states, rebuilt.input_shape, rebuilt.output_shape) != (
             dae.states,
             dae.input_shape,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lipconvert_plugins.g_mondeq import GMonDEQ
 from lipconvert_plugins.mondeq import MonDEQ
 from lipconvert_plugins.sandwich import SandwichLinear
 from lipconvert_plugins.sll import SLLLinear
+from pretended_device import PretendedDevice
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,6 +32,13 @@ def reproducible() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), "pretended"])
+def device(request: pytest.FixtureRequest, reproducible: None) -> Iterator[None]:
+    """A CUDA device: a real one, where there is one, and one that is pretended on the CPU."""
+    with PretendedDevice() if request.param == "pretended" else nullcontext():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ A plugin that has no ``example_models`` fails collection here (see `PluginConfor
 """
 
 import types
+from importlib import import_module
 
 import pytest
 
@@ -16,8 +17,26 @@ def _suite(name: str) -> type[PluginConformance]:
     return type(title, (PluginConformance,), {"plugin": name, "__module__": __name__})
 
 
+@pytest.mark.usefixtures("device")
+class _OnTheDevice:
+    """What a suite has besides on a device, a real one or one pretended: models and inputs are there."""
+
+    device = "cuda"
+    seeds = (0,)
+    directions = 2  # it takes five times as long as on the CPU, where Jacobians are compared in all
+
+    @pytest.fixture(autouse=True)
+    def few_directions(self, monkeypatch):
+        """Also in the validation that `convert` ends with."""
+        monkeypatch.setattr(import_module("lipconvert.validate"), "DIRECTIONS", self.directions)
+
+
+def _on_the_device(suite: type[PluginConformance]) -> type[PluginConformance]:
+    return type(f"{suite.__name__}OnTheDevice", (_OnTheDevice, suite), {"__module__": __name__})
+
+
 SUITES = [_suite(name) for name in lc.registry().names()]
-globals().update({suite.__name__: suite for suite in SUITES})
+globals().update({suite.__name__: suite for cpu in SUITES for suite in (cpu, _on_the_device(cpu))})
 
 
 def test_every_plugin_loads_and_has_a_suite():
