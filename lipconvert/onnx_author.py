@@ -324,15 +324,14 @@ class Frequencies(Columns):
         """(F, n, 2, k) → (F, 2n, k)."""
         a = self.author
         rows = a("Mul", a("Shape", X, start=1, end=2), a.ints(2))
-        # allowzero: a dimension of 0 is one of no samples, not one to be copied
-        return a("Reshape", X, a.concat([a("Shape", X, end=1), rows, a("Shape", X, start=-1)], 0), allowzero=1)
+        return a("Reshape", X, a.concat([a("Shape", X, end=1), rows, a("Shape", X, start=-1)], 0))
 
     def lower(self, Z: ir.Value) -> ir.Value:
         """Columns → (B, n, h, w)."""
         a, h, half = self.author, self.h, self.half
         states = a("Div", a("Shape", Z, start=1, end=2), a.ints(2))
         shape = a.concat([a.ints(h * half), states, a.ints(2), a("Shape", Z, start=-1)], 0)
-        x = a("Transpose", a("Reshape", Z, shape, allowzero=1), perm=[3, 1, 2, 0])
+        x = a("Transpose", a("Reshape", Z, shape), perm=[3, 1, 2, 0])
         x = a.reshape(x, 0, 0, 2 * h, half)
         cos, sin = self._waves(h, range(h), h)
         x = a("MatMul", a.real(np.block([[cos, -sin], [sin, cos]]) / h), x)

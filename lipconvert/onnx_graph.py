@@ -527,9 +527,10 @@ def build(
 
     x = entry = ir.Value(name=INPUT, type=ir.TensorType(DTYPES[net.dtype]), shape=ir.Shape(["batch", *shape]))
     functions, residuals = [], []
-    # onnxruntime refuses to wrap images where B = 0: one of zeros takes their place, and is cut from what comes out.
+    # Images where B = 0 are neither wrapped nor transformed by onnxruntime, and a Reshape takes its 0 for another size: an
+    # image of zeros takes their place, and is cut from what comes out.
     count = None
-    if any(plan.how.method == "convolutions" for plan in plans.values()):
+    if any(stage.grid for stage in net.stages):
         none = np.zeros(2 * len(shape) + 2, dtype=np.int64)
         count, one = a("Shape", entry, end=1), none.copy()
         one[len(shape) + 1] = 1
