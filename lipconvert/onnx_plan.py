@@ -166,11 +166,15 @@ def _most(steps: int) -> int:
 
 
 def stored_W(stage: LBEN) -> tuple[Tensor, tuple[int, int]]:
-    """W as it is stored, and the offset of its first tap: dense, the floats in use; on images, where those are spectra, the
-    window of its kernels that holds anything, rebuilt in float64 and rounded once. What rounding has left is stored as 0."""
+    """W as it is stored, and the offset of its first tap.
+
+    Dense: the floats in use on a CPU (a GPU may assemble them in TF32). On images, where those are spectra: the window of its
+    kernels that holds anything, rebuilt in float64 and rounded once; what rounding has left is stored as 0.
+    """
     dtype, grid = stage.b_z.dtype, stage.grid
     if not grid:
-        return stage.state_map().W.detach().cpu().contiguous(), (0, 0)
+        stage = stage if stage.b_z.device.type == "cpu" else copy.deepcopy(stage).cpu()
+        return stage.state_map().W.detach().contiguous(), (0, 0)
     K = _without_noise(grid.kernels(stage.dae().W.cpu()), grid, dtype)
     (h, w), places = grid.image, [centred(size) for size in grid.image]
     rows, columns = window(K, places[0], places[1], 0.0)

@@ -863,3 +863,19 @@ class TestPublicLBEN:
     def test_what_the_file_does_not_say_is_asked_for(self, missing):
         with pytest.raises(lc.MissingOptionError, match=missing):
             lc.from_state_dict(self.tensors(), {k: v for k, v in PUBLIC_LBEN.items() if k != missing})
+
+
+def test_large_terms_that_cancel_are_no_lie(tmp_path, monkeypatch):
+    """x + 4000 - 4000 in float32 loses 2e-4: more than two orders of summation leave, and less than is proved."""
+    eye, shift = torch.eye(3), torch.full((3,), 4000.0)
+    dae = lc.DAE(0.0 * eye, eye, eye, torch.ones(3), shift, -shift, lc.Activations("identity", 3))
+    net = lc.Network([lc.LBEN.from_dae(dae)], [None], (3,)).float()
+    lc.save(net, tmp_path / "net.onnx")
+    report = lc.verify(tmp_path / "net.onnx", seed=0)
+    assert report.passed, report
+    assert "of what its rounding may do" in report.claims[-1].found
+    # and a graph that is off by more than is proved is not what torch computes
+    nothing = torch.zeros(2, dtype=torch.float64)
+    monkeypatch.setattr("lipconvert.accuracy.Accuracy.everywhere", lambda *_: (nothing, None))
+    report = lc.verify(tmp_path / "net.onnx", seed=0)
+    assert [claim.claim for claim in report.claims if claim.passed is False] == ["onnxruntime computes what torch does"]
