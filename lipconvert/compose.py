@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activation, Activations
-from .arguments import number
+from .arguments import isolated, number
 from .dae import DAE
 from .errors import InvalidParameterError, ShapeError, UnsupportedActivationError
 from .spectrum import DENSE, Grid, hull, psd_sqrt, require_finite, spectral_norm, triangular_factor
@@ -50,8 +50,9 @@ def affine(
     return DAE(torch.zeros_like(eye), M, eye, Lambda, b, None, sigma, L, V, name=name, grid=grid)
 
 
+@isolated
 def elementwise(activation: Activation | str, size: int, name: str = "activation", grid: Grid = DENSE) -> DAE:
-    """y = σ(x), x of ``size`` coordinates, or channels on a grid: W = 0, U = G = Λ = I, L = 1; H = 0."""
+    """y = σ(x), x of ``size`` coordinates, or channels on a grid: W = 0, U = G = Λ = I, L = 1; H = 0. On the CPU."""
     eye = _identity(grid, size)
     ones = torch.ones(size, dtype=torch.float64)
     sigma, V = Activations(activation, size), eye[..., :0, :]
@@ -59,6 +60,7 @@ def elementwise(activation: Activation | str, size: int, name: str = "activation
     return DAE.own(W=zero, U=eye, G=eye, Lambda=ones, activations=sigma, V=V, name=name, grid=grid)
 
 
+@isolated
 def max_min(size: int, name: str = "maxmin", grid: Grid = DENSE) -> DAE:
     """`MaxMin` on ``size`` coordinates (a, b) as one residual step: z = [v; s], v = x, s = relu(b − a), y = (a + s, b − s).
 

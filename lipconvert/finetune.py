@@ -101,7 +101,7 @@ def finetune(
     samples of a shuffled ``train`` are used (the same ones for a seed), and with none of them the last weights are kept.
     ``config``: see `TrainingConfig`. After every epoch λ_min(H) ≥ −1e-8, or its round-off where that is more, is checked, L
     is proved of the network in float64, and certified accuracy is measured with it (`EpochRecord`). At the end the network
-    holds the weights kept, in the precision it was trained in, in ``eval`` mode.
+    holds the weights kept, in the precision it was trained in, in ``eval`` mode, on the device it was on.
 
     ``folder``: keep the state of the run there, saved every ``save_seconds`` and at the end of an epoch, and go on from it
     after a kill: final weights are bitwise those of a run in one go (on one machine, with as many threads and processes).

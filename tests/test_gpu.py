@@ -24,6 +24,7 @@ from lipconvert.accuracy import Accuracy
 from lipconvert.augment import Augmentation
 from lipconvert.bounds import Bounds
 from lipconvert.data import load as load_data
+from lipconvert.hub import write_folder
 from lipconvert.schema import AugmentConfig
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -164,6 +165,26 @@ FUNCTIONS: dict[str, Callable[[lc.Network, Tensor, Tensor, Path], Any]] = {
     "prove_monotone": lambda N, x, t, p: lc.prove_monotone(dae := N.stages[0].dae(), dae.Lambda),
     "solve": lambda N, x, t, p: N.stages[0].solve(x.new_ones(2, 9).to(N.device)).value,
     "compose": lambda N, x, t, p: list(lc.compose(dae := N.stages[0].dae(), lc.scale(lc.affine(dae.G.mT), 2.0))),
+    "new layers": lambda N, x, t, p: list(
+        lc.compose(
+            lc.to_dae(copy.deepcopy(N.stages[0]).cpu()),
+            lc.elementwise("relu", 9),
+            lc.affine(torch.eye(8, 9, device="cpu")),
+            lc.max_min(8),
+        )
+    ),
+    "parts": lambda N, x, t, p: [
+        lc.spectral_norm(M := N.stages[0].dae().W),
+        lc.psd_sqrt(M @ M.mT, "M"),
+        lc.psd_factor(M @ M.mT, "M").mT @ lc.psd_factor(M @ M.mT, "M"),
+        lc.linear_solve(torch.eye(len(M), device=M.device) - M, M),
+        lc.conv2d_same(K := M[:8, :8].reshape(2, 2, 4, 4), M[:2, :8].reshape(1, 2, 2, 4), padding_mode="zeros"),
+        lc.conv2d_adjoint(K[:, :1], M[:2, :8].reshape(1, 2, 2, 4)),
+        lc.strided_weight(K, 2)[0],
+        lc.MaxMin()(M[:, :8]),
+        lc.equilibrium(M, M.new_ones(2, len(M)), N.stages[0].sigma),
+    ],
+    "write_folder": lambda N, x, t, p: write_folder(N, p / "hub", lc.certify(N, TensorDataset(x, t))),
     "eliminate": lambda N, x, t, p: list(lc.eliminate(N.stages[0].dae())),
     "gauge": lambda N, x, t, p: list(lc.gauge(N.stages[0].dae())),
     "absorb": lambda N, x, t, p: list(lc.absorb(dae := N.stages[0].dae(), 0.5 * dae.U.mT @ dae.U)),
@@ -201,7 +222,7 @@ def test_public_functions_take_a_network_on_the_device(function, place, tmp_path
     with torch.device(default):
         found = FUNCTIONS[function](there, x.to(data), labels.to(data), tmp_path / "there")
     assert there.device.type == where
-    if function in ("methods", "info", "export_vnnlib"):  # words
+    if function in ("methods", "info", "export_vnnlib", "write_folder"):  # words, or nothing
         assert found == expected
     else:
         torch.testing.assert_close(plain(found), expected, rtol=1e-7, atol=1e-9)
