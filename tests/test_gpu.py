@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnxruntime
@@ -207,20 +209,26 @@ PLACES = {
 }
 
 
+@cache
+def on_the_cpu(function: str) -> tuple[lc.Network, Tensor, Tensor, Any]:
+    """A network, a batch, its labels but for one that is wrong, and what comes out of a function there."""
+    torch.manual_seed(0)
+    _, net, x = network("dense")
+    labels = net(x).argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    with TemporaryDirectory() as folder:
+        return net, x, labels, plain(FUNCTIONS[function](net, x, labels, Path(folder)))
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_public_functions_take_a_network_on_the_device(function, place, tmp_path):
     """Wherever network and data are and new tensors go, what comes out is what comes out on the CPU."""
     where, data, default = PLACES[place]
-    _, net, x = network("dense")
-    labels = net(x).argmax(1)
-    labels[0] = (labels[0] + 1) % 3  # one is wrong
-    (tmp_path / "here").mkdir()
-    (tmp_path / "there").mkdir()
-    expected = plain(FUNCTIONS[function](net, x, labels, tmp_path / "here"))
+    net, x, labels, expected = on_the_cpu(function)
     there = copy.deepcopy(net).to(where)
     with torch.device(default):
-        found = FUNCTIONS[function](there, x.to(data), labels.to(data), tmp_path / "there")
+        found = FUNCTIONS[function](there, x.to(data), labels.to(data), tmp_path)
     assert there.device.type == where
     if function in ("methods", "info", "export_vnnlib", "write_folder"):  # words, or nothing
         assert found == expected
