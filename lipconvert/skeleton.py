@@ -118,19 +118,21 @@ def _require_tensors(net: Network, manifest: Manifest, shapes: Shapes, outputs: 
     """The tensors that the manifest lists are those of the network, and what was derived or proved of it, in their sizes."""
     wanted = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
     sizes = {key: tuple(value.shape) for key, value in wanted.items()}
+    kinds = {key: value.dtype for key, value in wanted.items()}
     for index, step in enumerate(net.steps):
         if isinstance(step, LBEN):
             sizes[f"steps.{index}.W"] = shapes[f"steps.{index}.W"]
+            kinds[f"steps.{index}.W"] = step.b_z.dtype  # the graph runs it with the others
             sizes |= {f"steps.{index}.{key}": (len(step.b_z),) for key in ("multiplier", "metric")}
     sizes |= {PAIRS: (outputs, outputs), ERRORS: (2, outputs, outputs)}
     for entry in manifest.tensors:
-        where, kind = f"tensor {entry.name!r}", f"torch.{entry.dtype}"
+        where, kind = f"tensor {entry.name!r}", getattr(torch, entry.dtype)
         if entry.name not in sizes:
             raise CheckpointError(path, where, "unexpected: no step of the manifest has it")
         if sizes[entry.name] != shapes[entry.name]:
             raise CheckpointError(path, where, f"it is {shapes[entry.name]}, the steps make it {sizes[entry.name]}")
-        if entry.name in wanted and str(wanted[entry.name].dtype) != kind:
-            raise CheckpointError(path, where, f"it is {kind}, the network is in {wanted[entry.name].dtype}")
+        if kinds.get(entry.name, kind) is not kind:
+            raise CheckpointError(path, where, f"it is {kind}, the network is in {kinds[entry.name]}")
     for key in sorted(wanted.keys() - shapes.keys()):
         raise CheckpointError(path, f"tensor {key!r}", "missing")
 
