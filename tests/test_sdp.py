@@ -5,6 +5,7 @@ The solver is on cvxpy's side of the fence: what is compared is its optimum, and
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import warnings
@@ -297,10 +298,11 @@ def lipsdp(A: np.ndarray, B: np.ndarray, C: np.ndarray, D: np.ndarray) -> float:
     corner = -(cvxpy.diag(weights) @ B) - C.T @ D
     M = cvxpy.bmat([[half + half.T - C.T @ C, corner], [corner.T, rho * np.eye(D.shape[1]) - D.T @ D]])
     problem = cvxpy.Problem(cvxpy.Minimize(rho), [M >> 0])
-    for tolerance in (1e-10, 1e-9, 1e-8, 1e-7):
+    for equilibrate, tolerance in itertools.product((True, False), (1e-10, 1e-9, 1e-8, 1e-7)):
+        options = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), tolerance)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it would warn of is in the status
-            problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance)
+            problem.solve(solver=cvxpy.CLARABEL, equilibrate_enable=equilibrate, **options)
         if problem.status == cvxpy.OPTIMAL:
             return float(problem.value) ** 0.5
     return float("nan")
