@@ -283,12 +283,12 @@ class LBEN(nn.Module):
         return assembled.map.W, assembled.U, assembled.G
 
     def refresh(self) -> None:
-        """Forget the assembled W. Needed only after writing a few entries through ``parameter.data``.
+        """Forget the assembled W, also of `held`. Needed only after writing a few entries through ``parameter.data``.
 
         Optimiser steps, ``load_state_dict``, ``.to(...)`` and ``train()``/``eval()`` are noticed through version counters
         or hooks, writes to whole tensors through ``.data`` by a sample of their entries.
         """
-        self._inference = None
+        self._inference, self._held = None, None
 
     def train(self, mode: bool = True) -> LBEN:
         self.refresh()

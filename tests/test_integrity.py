@@ -356,6 +356,19 @@ def test_parameters_that_compute_as_they_like():
         lc.Certifier(net)
 
 
+def test_matrices_left_from_a_training_step_are_not_what_runs():
+    """With gradients a stage would read matrices that are held; a certificate is of what it assembles."""
+    net, x = network(), inputs()
+    W, U, G = (M.detach() for M in net.stages[0].matrices())
+    net.stages[0]._held = (0.5 * W, U, 3.0 * G)
+    certifier = lc.Certifier(net)
+    assert net(x).requires_grad
+    torch.testing.assert_close(net(x), network()(x), rtol=1e-12, atol=1e-12)
+    net.stages[0]._held = (0.5 * W, U, 3.0 * G)
+    with pytest.raises(lc.NoCertificateError, match="has changed"):
+        certifier(x, LABELS)
+
+
 # Models that are to be converted: everything the core knows, and children of what plugins claim.
 
 CORE = {
