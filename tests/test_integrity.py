@@ -39,8 +39,13 @@ def source(seed: int = 0) -> nn.Sequential:
     return model
 
 
-def network(seed: int = 0) -> lc.Network:
+@functools.cache
+def _converted(seed: int, dtype: torch.dtype) -> lc.Network:
     return lc.convert(source(seed), (6,))
+
+
+def network(seed: int = 0) -> lc.Network:
+    return copy.deepcopy(_converted(seed, torch.get_default_dtype()))
 
 
 def inputs(count: int = 12) -> torch.Tensor:
