@@ -15,7 +15,7 @@ TOOLS_BIN := $(abspath $(TOOLS))/bin
 help:
 	@echo "make demo      install into $(VENV) and run the demo (results in runs/demo)"
 	@echo "make test      install with the test extra and run the tests (ARGS='-k sll' is passed on to pytest)"
-	@echo "make lint      ruff and pyright"
+	@echo "make lint      ruff, the layers of the packages, and pyright"
 	@echo "make schemas   write schemas/*.schema.json"
 	@echo "make bench     run the benchmarks"
 	@echo "make constraints   write constraints.txt: the newest versions, to be tested before they are committed"
@@ -51,6 +51,7 @@ test: $(VENV)/.installed-test
 lint: $(TOOLS)/.installed-dev
 	$(TOOLS_BIN)/ruff check .
 	$(TOOLS_BIN)/ruff format --check .
+	PYTHONPATH=$(CURDIR):$(CURDIR)/plugins $(TOOLS_BIN)/lint-imports --no-cache
 	$(TOOLS_BIN)/pyright --pythonpath $(BIN)/python
 
 schemas: $(VENV)/.installed

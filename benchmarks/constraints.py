@@ -29,9 +29,9 @@ from torch import nn
 
 import lipconvert as lc
 from lipconvert import data
-from lipconvert.finetune import Samples
-from lipconvert.recipes import checked, markdown, spread
-from lipconvert.tighten import best_outputs
+from lipconvert.certification.tighten import best_outputs
+from lipconvert.experiments.recipes import checked, markdown, spread
+from lipconvert.training.finetune import Samples
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 

@@ -26,7 +26,7 @@ from lipconvert_plugins.sll import SLLNetwork
 
 import lipconvert as lc
 from lipconvert import data
-from lipconvert.recipes import checked
+from lipconvert.experiments.recipes import checked
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 

@@ -9,18 +9,20 @@
 Only the names below are promised.
 """
 
-from .activations import Activation, Activations, MaxMin, activation_module, activation_of
-from .arguments import count, number
-from .attack import apgd, attack, empirical_lipschitz, pgd
-from .bounds import LipschitzBound, lipschitz_bound
-from .certify import Certifier, certified_radii, certify
-from .checkpoint import load, save
-from .compose import absorb, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min, scale
-from .conditions import Conditions, H_matrix, X_matrix, check, strict_multiplier
-from .container import read_manifest
-from .convert import convert, to_dae
-from .dae import DAE
-from .equilibrium import Solution, SolverOptions, Status, equilibrium, full_precision, solve
+from .attacks.attack import apgd, attack, empirical_lipschitz, pgd
+from .certification.bounds import LipschitzBound, lipschitz_bound
+from .certification.certify import Certifier, certified_radii, certify
+from .certification.proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
+from .checkpoints.checkpoint import load, save
+from .checkpoints.container import read_manifest
+from .checkpoints.verify import verify
+from .conversion.convert import convert, to_dae
+from .conversion.validate import validate
+from .dae.activations import Activation, Activations, MaxMin, activation_module, activation_of
+from .dae.compose import absorb, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min, scale
+from .dae.conditions import Conditions, H_matrix, X_matrix, check, strict_multiplier
+from .dae.dae import DAE
+from .equilibria.equilibrium import Solution, SolverOptions, Status, equilibrium, full_precision, solve
 from .errors import (
     AmbiguousModelError,
     CheckpointError,
@@ -44,17 +46,29 @@ from .errors import (
     UnsupportedModuleError,
     WeightsError,
 )
-from .finetune import finetune, train
-from .glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operator
-from .hookspecs import PluginInfo, hookimpl
-from .hub import from_hub, push_to_hub
-from .integrity import computes_as
-from .interchange import explicit, export_vnnlib, write_vnnlib
-from .lben import LBEN
-from .network import Network
-from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
-from .registry import Plugin, Registry, plugins, registry, required_option
-from .report import write as write_report
+from .foundation.arguments import count, number
+from .foundation.integrity import computes_as
+from .interop.hub import from_hub, push_to_hub
+from .interop.interchange import explicit, export_vnnlib, write_vnnlib
+from .linalg.spectrum import (
+    Grid,
+    conv2d_adjoint,
+    conv2d_same,
+    linear_solve,
+    pixel_unshuffle,
+    psd_factor,
+    psd_sqrt,
+    spectral_norm,
+    strided_weight,
+)
+from .linalg.state_map import StateMap
+from .networks.glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operator
+from .networks.lben import LBEN
+from .networks.network import Network
+from .plugin_api.hookspecs import PluginInfo, hookimpl
+from .plugin_api.registry import Plugin, Registry, plugins, registry, required_option
+from .plugin_api.weights import from_state_dict, read_weights
+from .reports.report import write as write_report
 from .schema import (
     AttackConfig,
     FinetuneReport,
@@ -66,21 +80,7 @@ from .schema import (
     ValidationReport,
     VerificationReport,
 )
-from .spectrum import (
-    Grid,
-    conv2d_adjoint,
-    conv2d_same,
-    linear_solve,
-    pixel_unshuffle,
-    psd_factor,
-    psd_sqrt,
-    spectral_norm,
-    strided_weight,
-)
-from .state_map import StateMap
-from .validate import validate
-from .verify import verify
-from .weights import from_state_dict, read_weights
+from .training.finetune import finetune, train
 
 __all__ = [
     "DAE",

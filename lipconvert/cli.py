@@ -30,14 +30,16 @@ from rich.text import Text
 from torch import Tensor, nn
 from typer.core import TyperGroup
 
-from . import checkpoint, container, data, demo, interchange, recipes
-from .arguments import radii_of
-from .attack import METHODS as ATTACKS
-from .attack import empirical_lipschitz
-from .bounds import lipschitz_bound
-from .certify import CLIMB, CLIMBERS, Certifier
-from .certify import certify as certify_network
-from .convert import convert as convert_model
+from . import data
+from .attacks.attack import METHODS as ATTACKS
+from .attacks.attack import empirical_lipschitz
+from .certification.bounds import lipschitz_bound
+from .certification.certify import CLIMB, CLIMBERS, Certifier
+from .certification.certify import certify as certify_network
+from .checkpoints import checkpoint, container
+from .checkpoints.verify import verify as verify_checkpoint
+from .conversion.convert import convert as convert_model
+from .conversion.validate import validate as validate_network
 from .errors import (
     CheckpointError,
     EquivalenceError,
@@ -48,16 +50,18 @@ from .errors import (
     WeightsError,
 )
 from .escaping import paragraph, printable
-from .factory import build
-from .files import whole
-from .finetune import CURVES, METRICS, REPORT, input_shape_of
-from .finetune import finetune as finetune_network
-from .finetune import train as train_network
-from .network import Network
-from .plotting import radius_name
-from .registry import plugins as registered
-from .report import require_page
-from .report import write as write_report
+from .experiments import demo, recipes
+from .foundation.arguments import radii_of
+from .foundation.factory import build
+from .foundation.files import whole
+from .foundation.shards import place, processes
+from .interop import interchange
+from .networks.network import Network
+from .plugin_api.registry import plugins as registered
+from .plugin_api.weights import from_state_dict, read_weights
+from .reports.plotting import radius_name
+from .reports.report import require_page
+from .reports.report import write as write_report
 from .schema import (
     AttackConfig,
     ConversionReport,
@@ -74,10 +78,9 @@ from .schema import (
     ValidationReport,
     json_text,
 )
-from .shards import place, processes
-from .validate import validate as validate_network
-from .verify import verify as verify_checkpoint
-from .weights import from_state_dict, read_weights
+from .training.finetune import CURVES, METRICS, REPORT, input_shape_of
+from .training.finetune import finetune as finetune_network
+from .training.finetune import train as train_network
 
 
 class _Commands(TyperGroup):

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .arguments import isolated
 from .errors import DataError, InvalidParameterError, ShapeError
+from .foundation.arguments import isolated
 
 SPLITS = ("train", "test")
 DIGITS_TEST = 360  # a fifth of the 1797 digits

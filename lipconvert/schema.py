@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, model_validator
 
 from .escaping import printable
-from .files import whole
+from .foundation.files import whole
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 

@@ -38,21 +38,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hookspecs
-from .checkpoint import load, save
-from .conditions import check
-from .convert import convert, to_dae
-from .dae import DAE
-from .equilibrium import evaluate
+from .checkpoints.checkpoint import load, save
+from .conversion.convert import convert, to_dae
+from .conversion.trace import Step, group, stage_dae, trace
+from .conversion.validate import jacobian, relative_difference
+from .dae.conditions import check
+from .dae.dae import DAE
+from .equilibria.equilibrium import evaluate
 from .errors import LipconvertError, MissingOptionError, NotFiniteError
-from .glue import MeanPool
-from .hookspecs import PluginInfo
-from .lben import LBEN
-from .network import Network
-from .registry import Plugin, registry
-from .trace import Step, group, stage_dae, trace
-from .validate import jacobian, relative_difference
-from .weights import from_state_dict, read_weights
+from .networks.glue import MeanPool
+from .networks.lben import LBEN
+from .networks.network import Network
+from .plugin_api import hookspecs
+from .plugin_api.hookspecs import PluginInfo
+from .plugin_api.registry import Plugin, registry
+from .plugin_api.weights import from_state_dict, read_weights
 
 try:
     import pytest

@@ -14,10 +14,10 @@ from lipconvert_plugins.sll import SLLLinear
 from torch import Tensor, nn
 
 import lipconvert as lc
-from lipconvert.accuracy import Accuracy
-from lipconvert.bounds import Bounds, class_pairs
-from lipconvert.rounding import transform_growth
-from lipconvert.state_map import StateMap
+from lipconvert.certification.accuracy import Accuracy
+from lipconvert.certification.bounds import Bounds, class_pairs
+from lipconvert.linalg.rounding import transform_growth
+from lipconvert.linalg.state_map import StateMap
 
 CASES = [(name, k) for name in lc.registry().names() for k in range(len(lc.registry().example_models(name, seed=0)))]
 DTYPES = [torch.float64, torch.float32]
@@ -27,7 +27,7 @@ EXPLICIT = ("aol", "cpl", "sandwich", "sll")
 @pytest.fixture
 def in_other_floats(monkeypatch):
     """Methods that are replaced stand for other hardware here, whose floats are as bad as they may be: none is refused."""
-    monkeypatch.setattr("lipconvert.lben.require_own", lambda stage, where: None)
+    monkeypatch.setattr("lipconvert.networks.lben.require_own", lambda stage, where: None)
     monkeypatch.setattr(Bounds, "require_unchanged", lambda bounds: None)
 
 
@@ -392,7 +392,7 @@ def test_glue_behind_the_last_stage_that_rounds_as_badly_as_it_may():
 def test_pooling_behind_the_last_stage_that_rounds_as_badly_as_it_may(monkeypatch):
     """Its windows of 256 pixels, in opposite directions for two logits; the bound without what transforms may do."""
     image = (16, 16)
-    monkeypatch.setattr("lipconvert.accuracy.transform_growth", lambda image: 0.0)
+    monkeypatch.setattr("lipconvert.certification.accuracy.transform_growth", lambda image: 0.0)
     net = lc.Network([identity_stage(2, image), lc.MeanPool(16), nn.Flatten()], [None] * 3, (2, *image))
     x = torch.ones(1, 2, *image) * torch.tensor([1.0, 2.0])[:, None, None]
     truth, accuracy = exact(net, x), accuracy_of(net)
@@ -432,7 +432,7 @@ def test_the_bound_of_four_transforms_is_reached(pair, monkeypatch):
     """With η so large that nothing else counts, each of the four off by η of its norm, where the output, or the difference of
     two logits, sees it best: the bound is met, so none of its terms can be left out."""
     image, eta = (4, 4), 1e-6
-    monkeypatch.setattr("lipconvert.accuracy.transform_growth", lambda image: eta * 2.0**53)
+    monkeypatch.setattr("lipconvert.certification.accuracy.transform_growth", lambda image: eta * 2.0**53)
     net = lc.Network([identity_stage(2, image), nn.Flatten()], [None, None], (2, *image))
     x = 1.0 + torch.rand(3, 2, *image)
     truth, accuracy = exact(net, x), accuracy_of(net)
@@ -461,7 +461,7 @@ def test_the_bound_of_four_transforms_is_reached(pair, monkeypatch):
 
 def test_an_elementary_function_may_be_off_by_what_is_said(monkeypatch):
     ulps = 1e7
-    monkeypatch.setattr("lipconvert.accuracy.ELEMENTARY", ulps)
+    monkeypatch.setattr("lipconvert.certification.accuracy.ELEMENTARY", ulps)
     n = 4
     dae = lc.DAE(torch.zeros(n, n), torch.eye(n), torch.eye(n), torch.ones(n), activations=lc.Activations("tanh", n))
     net, x = lc.Network([lc.LBEN.from_dae(dae)], [None], (n,)), torch.randn(5, n)

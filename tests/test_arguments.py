@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lipconvert as lc
-from lipconvert.arguments import count, number, radii_of
 from lipconvert.cli import app
+from lipconvert.foundation.arguments import count, number, radii_of
 
 
 def dense() -> nn.Sequential:

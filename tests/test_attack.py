@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import lipconvert as lc
-from lipconvert.accuracy import Accuracy
-from lipconvert.attack import apgd, attack, empirical_lipschitz, pgd
-from lipconvert.bounds import Bounds
-from lipconvert.certify import certified_radii
+from lipconvert.attacks.attack import apgd, attack, empirical_lipschitz, pgd
+from lipconvert.certification.accuracy import Accuracy
+from lipconvert.certification.bounds import Bounds
+from lipconvert.certification.certify import certified_radii
 
 SEARCHES = pytest.mark.parametrize("search", [pgd, apgd])
 
@@ -260,7 +260,7 @@ def test_an_attack_is_monotone_in_the_radius():
 
 def test_what_breaks_a_large_ball_is_tried_in_smaller_ones(monkeypatch):
     """With a search that finds nothing in small balls, the way back from the largest is what breaks there."""
-    module = importlib.import_module("lipconvert.attack")
+    module = importlib.import_module("lipconvert.attacks.attack")
     M = torch.randn(3, 8)
     net, x = linear(M), torch.randn(50, 8)
     labels = predictions(net, x)
@@ -311,7 +311,7 @@ def test_a_broken_sample_leaves_the_batch(monkeypatch):
     x = 2.0 * torch.randn(50, 6)
     labels = predictions(net, x)
     sizes = []
-    monkeypatch.setattr("lipconvert.network.passed", lambda step, x: sizes.append(len(x)) or step(x))
+    monkeypatch.setattr("lipconvert.networks.network.passed", lambda step, x: sizes.append(len(x)) or step(x))
     _, margin = pgd(net, x, labels, 1.0, steps=10)
     standing = int((margin > 0).sum())
     assert 0 < standing < 50
@@ -610,7 +610,7 @@ def test_what_the_toolbox_finds_is_drawn_into_the_ball(monkeypatch):
     assert (random.getstate(), list(np.random.get_state()[1])) == (states[0], list(states[1]))
 
     # what only the toolbox finds counts
-    module = importlib.import_module("lipconvert.attack")
+    module = importlib.import_module("lipconvert.attacks.attack")
     monkeypatch.setattr(module, "_climb", lambda *args: (args[-3].x, torch.full_like(args[-3].x[:, 0], math.inf)))
     exact, _ = apgd(net, x, labels, 0.0)
     assert torch.equal(exact, x)

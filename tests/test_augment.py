@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as vision
 
-from lipconvert.augment import LUMA, Augmentation, luma, shift_hue
 from lipconvert.errors import InvalidParameterError, ShapeError
 from lipconvert.schema import AugmentConfig
+from lipconvert.training.augment import LUMA, Augmentation, luma, shift_hue
 
 WHOLE = {
     "crop": 2,

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import lipconvert as lc
-from lipconvert.recipes import checked
+from lipconvert.experiments.recipes import checked
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NAMES = (

@@ -15,9 +15,9 @@ from lipconvert_plugins.sll import SLLConv2d, SLLLinear, SLLNetwork
 from torch import Tensor, nn
 
 import lipconvert as lc
-from lipconvert import bounds as bounds_module
-from lipconvert.bounds import METHODS, Bounds, Segment, class_pairs
-from lipconvert.construction import assemble
+from lipconvert.certification import bounds as bounds_module
+from lipconvert.certification.bounds import METHODS, Bounds, Segment, class_pairs
+from lipconvert.networks.construction import assemble
 from lipconvert.schema import LipschitzReport
 
 CASES = [(name, k) for name in lc.registry().names() for k in range(len(lc.registry().example_models(name, seed=0)))]
@@ -132,8 +132,8 @@ def test_a_search_that_goes_wrong_can_only_lose(name, factor, monkeypatch):
         Q = start * factor * torch.exp(torch.randn(start.shape[-1]))
         return Q if rows is None else Q.expand(len(rows), -1)
 
-    monkeypatch.setattr("lipconvert.bounds.best_gains", astray)
-    monkeypatch.setattr("lipconvert.bounds.best_outputs", astray)
+    monkeypatch.setattr("lipconvert.certification.bounds.best_gains", astray)
+    monkeypatch.setattr("lipconvert.certification.bounds.best_outputs", astray)
     found = Bounds(net).bound("tightened")
     J = jacobians(model, torch.randn(64, *net.input_shape))
     assert float(torch.linalg.matrix_norm(J, 2).amax()) <= found.lipschitz <= weaker.lipschitz
@@ -161,7 +161,7 @@ def test_what_matrices_may_be_off_reaches_the_constants(which, monkeypatch):
     else:
         matrix = bounds_module._matrix
         monkeypatch.setattr(
-            "lipconvert.bounds._matrix",
+            "lipconvert.certification.bounds._matrix",
             lambda *arguments, **options: (M := matrix(*arguments, **options)) and (M[0], M[1] + 1e-3),
         )
     after = Bounds(averages()).bound("tightened").pairs[0, 1]
@@ -410,7 +410,7 @@ def test_floats_that_do_not_satisfy_the_condition_are_refused(dtype, monkeypatch
         W = assemble(Psi, G, U, V, S, epsilon, L)
         return W + (bend[0] if epsilon == 0.05 else 0.0) * torch.eye(W.shape[-1], dtype=W.dtype)
 
-    monkeypatch.setattr("lipconvert.lben.assemble", bent)
+    monkeypatch.setattr("lipconvert.networks.lben.assemble", bent)
     good = lc.LBEN(4, 6, 3, epsilon=0.01, name="first")
     stage = lc.LBEN(4, 6, 3, epsilon=0.05, name="bent").to(dtype)
     net = lc.Network([good.to(dtype), lc.FirstFeatures(3), lc.PadChannels(4), stage], [None] * 4, (4,))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lipconvert as lc
-from lipconvert.accuracy import Accuracy
-from lipconvert.bounds import METHODS, Bounds
-from lipconvert.certify import RADII
+from lipconvert.certification.accuracy import Accuracy
+from lipconvert.certification.bounds import METHODS, Bounds
+from lipconvert.certification.certify import RADII
 from lipconvert.schema import AttackConfig, RobustnessReport
 
 

@@ -369,7 +369,7 @@ class TestNothingHalfWritten:
             path.write_bytes(b"half of it")
             raise OSError("disk full")
 
-        monkeypatch.setattr("lipconvert.checkpoint.write_data", fails)
+        monkeypatch.setattr("lipconvert.checkpoints.checkpoint.write_data", fails)
         with pytest.raises(OSError, match="disk full"):
             lc.save(net, path)
         assert path.read_bytes() == before
@@ -876,6 +876,6 @@ def test_large_terms_that_cancel_are_no_lie(tmp_path, monkeypatch):
     assert "of what its rounding may do" in report.claims[-1].found
     # and a graph that is off by more than is proved is not what torch computes
     nothing = torch.zeros(2, dtype=torch.float64)
-    monkeypatch.setattr("lipconvert.accuracy.Accuracy.everywhere", lambda *_: (nothing, None))
+    monkeypatch.setattr("lipconvert.certification.accuracy.Accuracy.everywhere", lambda *_: (nothing, None))
     report = lc.verify(tmp_path / "net.onnx", seed=0)
     assert [claim.claim for claim in report.claims if claim.passed is False] == ["onnxruntime computes what torch does"]

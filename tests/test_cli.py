@@ -17,7 +17,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lipconvert as lc
-from lipconvert import cli, data, demo
+from lipconvert import cli, data
+from lipconvert.experiments import demo
 from lipconvert.schema import (
     AttackConfig,
     DemoReport,

@@ -37,7 +37,7 @@ class _OnTheDevice:
     @pytest.fixture(autouse=True)
     def few_directions(self, monkeypatch):
         """Also in the validation that `convert` ends with."""
-        monkeypatch.setattr(import_module("lipconvert.validate"), "DIRECTIONS", self.directions)
+        monkeypatch.setattr(import_module("lipconvert.conversion.validate"), "DIRECTIONS", self.directions)
 
 
 def _on_the_device(suite: type[PluginConformance]) -> type[PluginConformance]:

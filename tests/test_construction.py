@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import lipconvert as lc
 from lipconvert import DAE, LBEN, Activations, Grid, InvalidParameterError, LipconvertError, NotPSDError
-from lipconvert.construction import assemble, construct
+from lipconvert.networks.construction import assemble, construct
 
 INSTANCES = 200
 DEPTHS = range(1, 7)

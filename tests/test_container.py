@@ -33,7 +33,8 @@ from onnx import StringStringEntryProto, TensorProto, helper
 from torch import nn
 
 import lipconvert as lc
-from lipconvert import checkpoint, container, files
+from lipconvert.checkpoints import checkpoint, container
+from lipconvert.foundation import files
 from lipconvert.schema import Manifest, StageEntry
 
 GRAPH, DATA = "net.onnx", "net.safetensors"

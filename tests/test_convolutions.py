@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lipconvert as lc
-from lipconvert.trace import group, trace
+from lipconvert.conversion.trace import group, trace
 
 Image = tuple[int, int]
 ONE: Image = (1, 1)

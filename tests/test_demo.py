@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 import lipconvert as lc
-from lipconvert import data, demo, schema
+from lipconvert import data, schema
+from lipconvert.experiments import demo
 from lipconvert.schema import DemoReport
 
 SMALL = demo.TRAINING.model_copy(update={"epochs": 1, "seed": 3})

@@ -16,16 +16,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lipconvert as lc
-from lipconvert.accuracy import Accuracy
-from lipconvert.activations import _TABLE
-from lipconvert.augment import Augmentation
-from lipconvert.bounds import METHODS as BOUNDS
-from lipconvert.bounds import Bounds
-from lipconvert.equilibrium import METHODS, evaluate
-from lipconvert.finetune import Samples, margin_loss
-from lipconvert.glue import KNOWN
+from lipconvert.certification.accuracy import Accuracy
+from lipconvert.certification.bounds import METHODS as BOUNDS
+from lipconvert.certification.bounds import Bounds
+from lipconvert.conversion.validate import jacobian
+from lipconvert.dae.activations import _TABLE
+from lipconvert.equilibria.equilibrium import METHODS, evaluate
+from lipconvert.networks.glue import KNOWN
 from lipconvert.schema import AugmentConfig
-from lipconvert.validate import jacobian
+from lipconvert.training.augment import Augmentation
+from lipconvert.training.finetune import Samples, margin_loss
 
 NONE = torch.zeros(0, dtype=torch.long)
 

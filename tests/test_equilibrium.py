@@ -30,7 +30,7 @@ from lipconvert import (
     equilibrium,
     solve,
 )
-from lipconvert.equilibrium import evaluate
+from lipconvert.equilibria.equilibrium import evaluate
 
 N = 6
 ITERATIVE = ("sweep", "peaceman_rachford", "forward_backward")
@@ -490,7 +490,7 @@ def test_a_forward_pass_without_gradients_holds_one_state(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("image", [(), (4, 5)])
 def test_samples_are_solved_in_portions_that_fit_a_cache(method, image, monkeypatch):
     """Outputs, gradients and reports are those of all samples at once; a forward substitution may overwrite what it read."""
-    engine = importlib.import_module("lipconvert.equilibrium")
+    engine = importlib.import_module("lipconvert.equilibria.equilibrium")
     W = 0.3 * contraction()
     if image:
         W = lc.Grid(image).matrices(0.02 * torch.randn(N, N, *image)) + W
@@ -522,7 +522,7 @@ def test_of_several_portions_the_method_is_that_of_the_longest_way(monkeypatch):
     x = torch.randn(64, 5)
     x[:8] = 0.0  # the equilibrium of no input is found at once
     together = lben.solve(x)
-    monkeypatch.setattr(importlib.import_module("lipconvert.equilibrium"), "PORTION", 8 * 8 * 8)
+    monkeypatch.setattr(importlib.import_module("lipconvert.equilibria.equilibrium"), "PORTION", 8 * 8 * 8)
     parts = lben.solve(x)
     assert "," in parts.method
     assert parts.method == together.method

@@ -27,8 +27,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lipconvert as lc
-from lipconvert import cli, container, demo, hub, recipes
+from lipconvert import cli
+from lipconvert.checkpoints import container
 from lipconvert.escaping import markdown, paragraph, printable
+from lipconvert.experiments import demo, recipes
+from lipconvert.interop import hub
 from lipconvert.schema import PluginSource, Provenance, TrainingSummary, json_text
 
 VERDICTS = re.compile(r"\d+ claims, (none|\d+) of them false")
@@ -458,7 +461,7 @@ def test_figures_name_what_is_drawn(tmp_path, monkeypatch):
     """No name is a formula or left out, whatever it begins with."""
     from matplotlib.figure import Figure
 
-    from lipconvert import plotting
+    from lipconvert.reports import plotting
 
     net = lc.convert(small(), (64,), check=False)
     x = torch.rand(6, 64)

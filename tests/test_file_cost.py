@@ -17,9 +17,10 @@ import torch
 from onnx import StringStringEntryProto, helper
 
 import lipconvert as lc
-from lipconvert import container, files
+from lipconvert.checkpoints import container
+from lipconvert.checkpoints.wire import fields, of_memory
+from lipconvert.foundation import files
 from lipconvert.schema import TrainingSummary
-from lipconvert.wire import fields, of_memory
 
 from .test_container import DATA, GRAPH, Forgery, header_of, network, placed, saved, with_header
 

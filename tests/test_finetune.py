@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lipconvert as lc
 from lipconvert.data import Images, Shaped
-from lipconvert.finetune import Samples, _Support, margin_loss, require_fit, schedule_factor
-from lipconvert.plotting import radius_name
+from lipconvert.reports.plotting import radius_name
 from lipconvert.schema import FinetuneReport, ScheduleConfig, TrainingConfig
+from lipconvert.training.finetune import Samples, _Support, margin_loss, require_fit, schedule_factor
 
 NAMES = ("log_psi", "G", "U", "V", "S", "b_z", "b_y")
 SIZE, CLASSES = 5, 3
@@ -112,7 +112,7 @@ def batches_of(monkeypatch):
                 see(x.detach().clone())
         return step(x)
 
-    monkeypatch.setattr("lipconvert.network.passed", passed)
+    monkeypatch.setattr("lipconvert.networks.network.passed", passed)
     return lambda net, see: lookers.append((net, see))
 
 
@@ -1165,7 +1165,7 @@ def test_source_networks_keep_their_constant_for_epochs_at_an_absurd_learning_ra
     config = configured(epochs=3, learning_rate=10.0)
     report = lc.train(model, labelled((SIZE,), 16), config=config)
     assert report.history[-1].step == 6
-    # δ is at most 1e-2 for every network (lipconvert.proofs), 1e-6 where the proof is at L itself
+    # δ is at most 1e-2 for every network (lipconvert.certification.proofs), 1e-6 where the proof is at L itself
     assert all(record.proved_lipschitz <= record.lipschitz * (1.0 + 1.1e-2) for record in report.history)
     assert steepest(model, (SIZE,)) <= report.history[-1].lipschitz * (1.0 + 1e-9)
 
@@ -1550,7 +1550,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 
 import lightning.fabric
-import lipconvert.plotting
+import lipconvert.reports.plotting
 
 folder, moments = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
 state = folder / "state.pt"

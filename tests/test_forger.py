@@ -30,12 +30,12 @@ from pydantic import BaseModel
 from torch import nn
 
 import lipconvert as lc
-from lipconvert import checkpoint
-from lipconvert.activations import Activations, activation_of
-from lipconvert.network import Network
-from lipconvert.onnx_plan import Plan
+from lipconvert.checkpoints import checkpoint
+from lipconvert.dae.activations import Activations, activation_of
+from lipconvert.linalg.spectrum import Grid
+from lipconvert.networks.network import Network
+from lipconvert.onnx_export.onnx_plan import Plan
 from lipconvert.schema import Manifest, StageEntry, TrainingSummary
-from lipconvert.spectrum import Grid
 
 F64, F32 = "float64", "float32"
 

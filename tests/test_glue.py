@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lipconvert as lc
 from lipconvert import InvalidParameterError, ShapeError, UnsupportedModuleError
-from lipconvert.glue import affine_image, core_lipschitz
+from lipconvert.networks.glue import affine_image, core_lipschitz
 
 CASES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (lc.Normalize(), (3,)),

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lipconvert as lc
-from lipconvert import demo, recipes
-from lipconvert.accuracy import Accuracy
-from lipconvert.augment import Augmentation
-from lipconvert.bounds import Bounds
+from lipconvert.certification.accuracy import Accuracy
+from lipconvert.certification.bounds import Bounds
 from lipconvert.data import load as load_data
-from lipconvert.hub import write_folder
+from lipconvert.experiments import demo, recipes
+from lipconvert.interop.hub import write_folder
 from lipconvert.schema import AugmentConfig
+from lipconvert.training.augment import Augmentation
 
 pytestmark = pytest.mark.usefixtures("device")
 

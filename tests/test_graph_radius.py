@@ -9,10 +9,10 @@ from lipconvert_plugins.aol import AOLNetwork
 from torch import nn
 
 import lipconvert as lc
-from lipconvert.bounds import Bounds
-from lipconvert.checkpoint import ERRORS, errors_of
-from lipconvert.container import read
-from lipconvert.onnx_plan import plan, road, stored_W
+from lipconvert.certification.bounds import Bounds
+from lipconvert.checkpoints.checkpoint import ERRORS, errors_of
+from lipconvert.checkpoints.container import read
+from lipconvert.onnx_export.onnx_plan import plan, road, stored_W
 
 OUTPUTS = ("residual", "radius")
 
@@ -312,8 +312,8 @@ def test_smaller_errors_or_pairs_are_found_out(tmp_path, factor):
 
 def forge(path, net, manifest, tensors):
     """A single file with other tensors, and the hashes that belong to them."""
-    from lipconvert.checkpoint import embedded, graph_of
-    from lipconvert.container import entry_of, write_graph
+    from lipconvert.checkpoints.checkpoint import embedded, graph_of
+    from lipconvert.checkpoints.container import entry_of, write_graph
 
     entries = [entry_of(name, tensor) for name, tensor in sorted(tensors.items())]
     manifest = manifest.model_copy(update={"tensors": entries})

@@ -9,7 +9,7 @@ import torch
 from lipconvert_plugins.aol import AOLNetwork
 
 import lipconvert as lc
-from lipconvert import hub
+from lipconvert.interop import hub
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import TensorDataset
 
 import lipconvert as lc
-from lipconvert.activations import _MODULES, is_activation
-from lipconvert.bounds import Bounds
-from lipconvert.integrity import computes_as
-from lipconvert.shards import fingerprint
+from lipconvert.certification.bounds import Bounds
+from lipconvert.dae.activations import _MODULES, is_activation
+from lipconvert.foundation.integrity import computes_as
+from lipconvert.foundation.shards import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 
@@ -111,9 +111,9 @@ PLACES = {
 
 def test_a_hook_would_break_certificates(monkeypatch):
     """What is at stake, without the guard: points strictly inside certified radii at which ``net(x)`` gives another class."""
-    monkeypatch.setattr("lipconvert.lben.require_own", lambda *args: None)
-    monkeypatch.setattr("lipconvert.bounds.require_own", lambda *args: None)
-    monkeypatch.setattr(sys.modules["lipconvert.attack"], "require_own", lambda *args: None)
+    monkeypatch.setattr("lipconvert.networks.lben.require_own", lambda *args: None)
+    monkeypatch.setattr("lipconvert.certification.bounds.require_own", lambda *args: None)
+    monkeypatch.setattr(sys.modules["lipconvert.attacks.attack"], "require_own", lambda *args: None)
     layer = nn.Linear(2, 2, bias=False)
     layer.weight.data = torch.eye(2)
     net = lc.convert(nn.Sequential(layer))

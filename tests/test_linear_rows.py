@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lipconvert.linear_rows import without_linear_rows
-from lipconvert.proofs import Enclosure, prove_gains
-from lipconvert.spectrum import DENSE
+from lipconvert.certification.linear_rows import without_linear_rows
+from lipconvert.certification.proofs import Enclosure, prove_gains
+from lipconvert.linalg.spectrum import DENSE
 
 Matrix = list[list[Fraction]]
 

@@ -84,7 +84,7 @@ def test_a_lie_behind_links_is_one(tmp_path):
 def test_what_runs_is_what_was_read(tmp_path, monkeypatch):
     # the files go as soon as they have been read: nothing that follows opens them, or anything else
     path = placed(tmp_path, "equilibrium")
-    module = sys.modules["lipconvert.verify"]  # the package has a function of this name
+    module = sys.modules["lipconvert.checkpoints.verify"]  # the package has a function of this name
     read = module.read
 
     def once(name):

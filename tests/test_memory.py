@@ -12,8 +12,8 @@ from lipconvert_plugins.sll import SLLConv2d, SLLLinear
 from torch import nn
 
 import lipconvert as lc
-from lipconvert import memory
-from lipconvert.memory import sizes_of
+from lipconvert.conversion import memory
+from lipconvert.conversion.memory import sizes_of
 
 GIB = 2**30
 

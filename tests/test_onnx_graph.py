@@ -25,10 +25,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import lipconvert as lc
-from lipconvert.activations import _TABLE
-from lipconvert.glue import KNOWN
-from lipconvert.onnx_graph import build
-from lipconvert.onnx_plan import plan, stored_W
+from lipconvert.dae.activations import _TABLE
+from lipconvert.networks.glue import KNOWN
+from lipconvert.onnx_export.onnx_graph import build
+from lipconvert.onnx_export.onnx_plan import plan, stored_W
 
 EXAMPLES = [
     (name, index) for name in lc.registry().names() for index in range(len(lc.registry().example_models(name, 0)))

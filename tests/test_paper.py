@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lipconvert as lc
 from lipconvert import DAE, Activations
-from lipconvert.construction import construct
+from lipconvert.networks.construction import construct
 
 DEPTHS = range(1, 7)
 ReLU = nn.ReLU()

@@ -20,7 +20,7 @@ from flint import arb, ctx, fmpq, fmpq_mat
 from torch import Tensor
 
 import lipconvert as lc
-from lipconvert.proofs import (
+from lipconvert.certification.proofs import (
     DELTAS,
     Enclosure,
     NotProved,
@@ -30,7 +30,7 @@ from lipconvert.proofs import (
     prove_lmi,
     prove_monotone,
 )
-from lipconvert.spectrum import DENSE, Grid
+from lipconvert.linalg.spectrum import DENSE, Grid
 
 # Beyond this order balls come first.
 SMALL = 8

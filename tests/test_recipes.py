@@ -25,8 +25,10 @@ from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 import lipconvert as lc
-from lipconvert import cli, data, demo, plotting, recipes
+from lipconvert import cli, data
 from lipconvert.errors import DataError, InvalidParameterError, LipconvertError, ShapeError
+from lipconvert.experiments import demo, recipes
+from lipconvert.reports import plotting
 from lipconvert.schema import FinetuneReport, Recipe, RecipeResult, TrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

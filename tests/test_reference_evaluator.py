@@ -10,7 +10,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 import lipconvert as lc
-from lipconvert import glue
+from lipconvert.networks import glue
 
 DTYPES = {"float32": (torch.float32, 2e-5), "float64": (torch.float64, 1e-9)}
 

@@ -96,8 +96,8 @@ class TestDiscovery:
             if entry.group == "lipconvert" and entry.dist.name == "twice"
         )
         assert len(entries) == 2
-        # By module name: the attribute lipconvert.registry is the function.
-        monkeypatch.setattr(sys.modules["lipconvert.registry"], "entry_points", lambda group: entries)
+        # By module name: the attribute lipconvert.plugin_api.registry is the function.
+        monkeypatch.setattr(sys.modules["lipconvert.plugin_api.registry"], "entry_points", lambda group: entries)
         registry = lc.Registry.discover()
         assert registry.names() == ["extra"]
 

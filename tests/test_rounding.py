@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lipconvert import rounding
 from lipconvert.errors import InvalidParameterError
-from lipconvert.rounding import (
+from lipconvert.linalg import rounding
+from lipconvert.linalg.rounding import (
     SLACK,
     exceeds,
     gamma,
@@ -32,7 +32,7 @@ from lipconvert.rounding import (
     transform_growth,
     unit_roundoff,
 )
-from lipconvert.spectrum import Grid, _fourier
+from lipconvert.linalg.spectrum import Grid, _fourier
 
 U32, U64 = 2.0**-24, 2.0**-53
 
@@ -427,7 +427,7 @@ SETTINGS = {
 ASKED = """
 import json, os, sys, torch
 from lipconvert.errors import InvalidParameterError
-from lipconvert.rounding import unit_roundoff
+from lipconvert.linalg.rounding import unit_roundoff
 
 def unit(device, convolutions):
     try:

@@ -1,4 +1,4 @@
-"""LipSDP by an interior-point solver: the least constants by another road, and what `lipconvert.tighten` finds next to them.
+"""LipSDP by an interior-point solver: the least constants by another road, and what `tighten` finds next to them.
 
 The solver is on cvxpy's side of the fence: what is compared is its optimum, and what its multiplier proves.
 """
@@ -23,11 +23,12 @@ from lipconvert_plugins.sll import SLLLinear
 from torch import Tensor
 
 import lipconvert as lc
-from lipconvert import Grid, InvalidParameterError, NoCertificateError, ShapeError, sdp
-from lipconvert.bounds import class_pairs
-from lipconvert.proofs import Enclosure, Proof, prove_constant, prove_gains, prove_lmi
-from lipconvert.sdp import sdp_gain, sdp_output
-from lipconvert.tighten import LAST, best_gains, best_outputs
+from lipconvert import Grid, InvalidParameterError, NoCertificateError, ShapeError
+from lipconvert.certification import sdp
+from lipconvert.certification.bounds import class_pairs
+from lipconvert.certification.proofs import Enclosure, Proof, prove_constant, prove_gains, prove_lmi
+from lipconvert.certification.sdp import sdp_gain, sdp_output
+from lipconvert.certification.tighten import LAST, best_gains, best_outputs
 
 solver = pytest.mark.skipif(
     find_spec("cvxpy") is None or find_spec("clarabel") is None,

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import lipconvert as lc
-from lipconvert import shards
+from lipconvert.foundation import shards
 
 SIZE, BATCH, SHARD = 53, 4, 10  # 14 batches, the last of 1; shards of 12 samples, the last of 5
 SHARDS = 5

@@ -12,7 +12,7 @@ from plain import circulant, matrices
 from torch import Tensor
 
 from lipconvert import Activations, Grid, InvalidParameterError, SolverOptions, StateMap, Status, solve
-from lipconvert.solvers import ForwardBackward, PeacemanRachford, Sweep, forward_substitution
+from lipconvert.equilibria.solvers import ForwardBackward, PeacemanRachford, Sweep, forward_substitution
 
 N = 12
 ITERATIVE = ("sweep", "peaceman_rachford", "forward_backward")

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import lipconvert as lc
 from lipconvert import Grid, InvalidParameterError, NotFiniteError, NotPSDError, ShapeError
-from lipconvert.spectrum import (
+from lipconvert.linalg.spectrum import (
     add_gram,
     fold,
     gram,

@@ -12,7 +12,7 @@ from plain import circulant, matrices
 from torch import Tensor
 
 from lipconvert import Grid, InvalidParameterError, ShapeError, StateMap
-from lipconvert.state_map import triangular_blocks
+from lipconvert.linalg.state_map import triangular_blocks
 
 
 @pytest.fixture(autouse=True)

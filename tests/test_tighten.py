@@ -18,9 +18,8 @@ from torch import Tensor
 
 import lipconvert as lc
 from lipconvert import Grid
-from lipconvert.proofs import Enclosure, prove_gains, prove_lmi
-from lipconvert.spectrum import DENSE
-from lipconvert.tighten import (
+from lipconvert.certification.proofs import Enclosure, prove_gains, prove_lmi
+from lipconvert.certification.tighten import (
     MIDDLE,
     _derivatives,
     _evaluate,
@@ -31,6 +30,7 @@ from lipconvert.tighten import (
     least_gains,
     least_output,
 )
+from lipconvert.linalg.spectrum import DENSE
 
 IMAGES = [(2, 2), (3, 3), (2, 3), (1, 4), (4, 1)]
 # ρ of what was found, relative to the minimum: the gap of the central path at its end, 1/LAST, and what centring leaves.
@@ -295,7 +295,7 @@ def test_a_batch_gives_what_each_problem_gives_alone() -> None:
 def test_a_batch_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     case = dense(5, 4, 7, seed=1)
     whole = best_gains(case.enclosure, case.start, case.G.unsqueeze(1))
-    monkeypatch.setattr("lipconvert.tighten.BATCH", 2 * 25 * 8)
+    monkeypatch.setattr("lipconvert.certification.tighten.BATCH", 2 * 25 * 8)
     for k, Q in enumerate(best_gains(case.enclosure, case.start, case.G.unsqueeze(1))):
         g = case.G[k : k + 1]
         assert float(gain(case, Q, g)) == pytest.approx(float(gain(case, whole[k], g)), rel=CLOSE)
@@ -349,7 +349,7 @@ def test_a_deadline_in_the_past_returns_the_start() -> None:
 def struck_after(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
     """A clock on which a deadline at 1 is over after so many looks at it."""
     clock = iter([0.0] * looks)
-    monkeypatch.setattr("lipconvert.tighten.time.monotonic", lambda: next(clock, 2.0))
+    monkeypatch.setattr("lipconvert.certification.tighten.time.monotonic", lambda: next(clock, 2.0))
 
 
 def test_every_deadline_leaves_a_multiplier_that_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:

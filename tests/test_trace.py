@@ -12,9 +12,9 @@ from lipconvert_plugins.sll import SLLConv2d, SLLLinear, SLLNetwork
 from torch import nn
 
 import lipconvert as lc
-from lipconvert.accuracy import Accuracy
-from lipconvert.bounds import Bounds
-from lipconvert.validate import jacobian
+from lipconvert.certification.accuracy import Accuracy
+from lipconvert.certification.bounds import Bounds
+from lipconvert.conversion.validate import jacobian
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,9 @@ import pytest
 import torch
 
 import lipconvert as lc
-from lipconvert import container, files, hub, interchange
+from lipconvert.checkpoints import container
+from lipconvert.foundation import files
+from lipconvert.interop import hub, interchange
 
 GRAPH, DATA = "net.onnx", "net.safetensors"
 KINDS = {"pair": (GRAPH, {}), "embedded": (GRAPH, {"embed": True}), "data alone": (DATA, {})}
@@ -405,7 +407,7 @@ def test_data_alone_over_what_a_kill_has_left_of_a_pair(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lipconvert.checkpoint.write_data", full)
+        patch.setattr("lipconvert.checkpoints.checkpoint.write_data", full)
         for kind in ("data alone", "pair"):
             with pytest.raises(OSError, match="no space"):
                 save(kind, 2, tmp_path)

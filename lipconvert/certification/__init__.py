@@ -1,0 +1,1 @@
+"""What is proved: conditions, Lipschitz constants, rounding errors, certified radii."""

@@ -1,0 +1,1 @@
+"""The files of a network: layout, saving, loading, and checking every claim."""

@@ -1,0 +1,1 @@
+"""A model becomes a network: it is walked, its layers become stages, and both are compared."""

@@ -1,0 +1,1 @@
+"""Solving z = σ(Wz + u): solvers, their status, and gradients through the solution."""

@@ -1,0 +1,1 @@
+"""Runs in one file, their table, and the demonstration."""

@@ -1,0 +1,1 @@
+"""For other tools: feed-forward graphs, VNN-LIB, the Hugging Face Hub."""

@@ -1,0 +1,1 @@
+"""Networks as ONNX graphs: how each stage is written, and the graph."""

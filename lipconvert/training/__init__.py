@@ -1,0 +1,1 @@
+"""Training with a Lipschitz constant that is proved after every epoch."""
