@@ -9,9 +9,10 @@
 Only the names below are promised.
 """
 
-from .attacks.attack import apgd, attack, empirical_lipschitz, pgd
+from .attacks.attack import apgd, attack, pgd
 from .certification.bounds import LipschitzBound, lipschitz_bound
 from .certification.certify import Certifier, certified_radii, certify
+from .certification.empirical import empirical_lipschitz
 from .certification.proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
 from .checkpoints.checkpoint import load, save
 from .checkpoints.container import read_manifest

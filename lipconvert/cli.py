@@ -32,10 +32,10 @@ from typer.core import TyperGroup
 
 from . import data
 from .attacks.attack import METHODS as ATTACKS
-from .attacks.attack import empirical_lipschitz
 from .certification.bounds import lipschitz_bound
 from .certification.certify import CLIMB, CLIMBERS, Certifier
 from .certification.certify import certify as certify_network
+from .certification.empirical import empirical_lipschitz
 from .checkpoints import checkpoint, container
 from .checkpoints.verify import verify as verify_checkpoint
 from .conversion.convert import convert as convert_model

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import lipconvert as lc
-from lipconvert.attacks.attack import apgd, attack, empirical_lipschitz, pgd
+from lipconvert.attacks.attack import apgd, attack, pgd
 from lipconvert.certification.accuracy import Accuracy
 from lipconvert.certification.bounds import Bounds
 from lipconvert.certification.certify import certified_radii
+from lipconvert.certification.empirical import empirical_lipschitz
 
 SEARCHES = pytest.mark.parametrize("search", [pgd, apgd])
 

@@ -113,7 +113,7 @@ def test_a_hook_would_break_certificates(monkeypatch):
     """What is at stake, without the guard: points strictly inside certified radii at which ``net(x)`` gives another class."""
     monkeypatch.setattr("lipconvert.networks.lben.require_own", lambda *args: None)
     monkeypatch.setattr("lipconvert.certification.bounds.require_own", lambda *args: None)
-    monkeypatch.setattr(sys.modules["lipconvert.attacks.attack"], "require_own", lambda *args: None)
+    monkeypatch.setattr(sys.modules["lipconvert.attacks.logits"], "require_own", lambda *args: None)
     layer = nn.Linear(2, 2, bias=False)
     layer.weight.data = torch.eye(2)
     net = lc.convert(nn.Sequential(layer))

@@ -211,3 +211,19 @@ def inputs_of(x: Any, where: str = "the input") -> Tensor:
     if not x.is_floating_point():
         raise InvalidParameterError(f"the dtype of {where}", x.dtype, "pixels must be floats (in [0, 1], not 0..255)")
     return x
+
+
+def class_labels(labels: Tensor, y: Tensor) -> Tensor:
+    """Labels (B,) of logits y (B, at least 2) as int64, on their device; `ShapeError`, `InvalidParameterError` for others."""
+    if y.dim() != 2 or y.shape[1] < 2:
+        raise ShapeError("the logits", "(B, at least 2)", tuple(y.shape))
+    labels = plain_tensor(labels, "labels")
+    if labels.shape != y.shape[:1]:
+        raise ShapeError("labels", (len(y),), tuple(labels.shape))
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InvalidParameterError("the dtype of the labels", labels.dtype, "labels must be integers: labels.long()")
+    labels = labels.to(y.device).long()
+    wrong = labels[(labels < 0) | (labels >= y.shape[1])]
+    if len(wrong):
+        raise InvalidParameterError("a label", int(wrong[0]), f"the network has the classes 0..{y.shape[1] - 1}")
+    return labels

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..attacks.attack import class_labels
 from ..certification.certify import Certifier
 from ..conversion.convert import convert
 from ..conversion.trace import trace
@@ -46,7 +45,7 @@ from ..errors import (
     ShapeError,
     WeightsError,
 )
-from ..foundation.arguments import default_dtype, isolated, make_ordinary, plain_tensor
+from ..foundation.arguments import class_labels, default_dtype, isolated, make_ordinary, plain_tensor
 from ..foundation.files import alone, whole
 from ..foundation.integrity import require_own
 from ..foundation.shards import fingerprint, over
