@@ -38,7 +38,7 @@ from torch.utils.data import TensorDataset
 import lipconvert as lc
 from lipconvert import data
 from lipconvert.certification.certify import RADII
-from lipconvert.schema import LossConfig, ScheduleConfig
+from lipconvert.training.documents import LossConfig, ScheduleConfig
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 

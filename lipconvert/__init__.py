@@ -12,12 +12,15 @@ Only the names below are promised.
 from .attacks.attack import apgd, attack, pgd
 from .certification.bounds import LipschitzBound, lipschitz_bound
 from .certification.certify import Certifier, certified_radii, certify
+from .certification.documents import AttackConfig, RobustnessReport
 from .certification.empirical import empirical_lipschitz
 from .certification.proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
 from .checkpoints.checkpoint import load, save
 from .checkpoints.container import read_manifest
+from .checkpoints.documents import Manifest, VerificationReport
 from .checkpoints.verify import verify
 from .conversion.convert import convert, to_dae
+from .conversion.documents import ValidationReport
 from .conversion.validate import validate
 from .dae.activations import Activation, Activations, MaxMin, activation_module, activation_of
 from .dae.compose import absorb, affine, coarsen, compose, densify, elementwise, eliminate, gauge, max_min, scale
@@ -63,6 +66,7 @@ from .linalg.spectrum import (
     strided_weight,
 )
 from .linalg.state_map import StateMap
+from .networks.documents import Provenance, TrainingSummary
 from .networks.glue import FirstFeatures, MeanPool, Normalize, PadChannels, dense_operator
 from .networks.lben import LBEN
 from .networks.network import Network
@@ -70,17 +74,7 @@ from .plugin_api.hookspecs import PluginInfo, hookimpl
 from .plugin_api.registry import Plugin, Registry, plugins, registry, required_option
 from .plugin_api.weights import from_state_dict, read_weights
 from .reports.report import write as write_report
-from .schema import (
-    AttackConfig,
-    FinetuneReport,
-    Manifest,
-    Provenance,
-    RobustnessReport,
-    TrainingConfig,
-    TrainingSummary,
-    ValidationReport,
-    VerificationReport,
-)
+from .training.documents import FinetuneReport, TrainingConfig
 from .training.finetune import finetune, train
 
 __all__ = [

@@ -35,10 +35,12 @@ from .attacks.attack import METHODS as ATTACKS
 from .certification.bounds import lipschitz_bound
 from .certification.certify import CLIMB, CLIMBERS, Certifier
 from .certification.certify import certify as certify_network
+from .certification.documents import AttackConfig, RobustnessReport, StageProof
 from .certification.empirical import empirical_lipschitz
 from .checkpoints import checkpoint, container
 from .checkpoints.verify import verify as verify_checkpoint
 from .conversion.convert import convert as convert_model
+from .conversion.documents import ConversionReport, ValidationReport
 from .conversion.validate import validate as validate_network
 from .errors import (
     CheckpointError,
@@ -51,33 +53,22 @@ from .errors import (
 )
 from .escaping import paragraph, printable
 from .experiments import demo, recipes
+from .experiments.documents import ModelConfig
 from .foundation.arguments import radii_of
+from .foundation.documents import json_text
 from .foundation.factory import build
 from .foundation.files import whole
 from .foundation.shards import place, processes
 from .interop import interchange
+from .networks.documents import GraphEntry, NetworkInfo
 from .networks.network import Network
+from .plugin_api.documents import PluginList, PluginRecord
 from .plugin_api.registry import plugins as registered
 from .plugin_api.weights import from_state_dict, read_weights
 from .reports.plotting import radius_name
 from .reports.report import require_page
 from .reports.report import write as write_report
-from .schema import (
-    AttackConfig,
-    ConversionReport,
-    EpochRecord,
-    FinetuneReport,
-    GraphEntry,
-    ModelConfig,
-    NetworkInfo,
-    PluginList,
-    PluginRecord,
-    RobustnessReport,
-    StageProof,
-    TrainingConfig,
-    ValidationReport,
-    json_text,
-)
+from .training.documents import EpochRecord, FinetuneReport, TrainingConfig
 from .training.finetune import CURVES, METRICS, REPORT, input_shape_of
 from .training.finetune import finetune as finetune_network
 from .training.finetune import train as train_network

@@ -9,8 +9,8 @@ from torch.nn import functional
 from torchvision.transforms.v2 import functional as vision
 
 from lipconvert.errors import InvalidParameterError, ShapeError
-from lipconvert.schema import AugmentConfig
 from lipconvert.training.augment import LUMA, Augmentation, luma, shift_hue
+from lipconvert.training.documents import AugmentConfig
 
 WHOLE = {
     "crop": 2,

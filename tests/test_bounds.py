@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import lipconvert as lc
 from lipconvert.certification import bounds as bounds_module
 from lipconvert.certification.bounds import METHODS, Bounds, Segment, class_pairs
+from lipconvert.certification.documents import LipschitzReport
 from lipconvert.networks.construction import assemble
-from lipconvert.schema import LipschitzReport
 
 CASES = [(name, k) for name in lc.registry().names() for k in range(len(lc.registry().example_models(name, seed=0)))]
 

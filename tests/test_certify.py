@@ -18,7 +18,7 @@ import lipconvert as lc
 from lipconvert.certification.accuracy import Accuracy
 from lipconvert.certification.bounds import METHODS, Bounds
 from lipconvert.certification.certify import RADII
-from lipconvert.schema import AttackConfig, RobustnessReport
+from lipconvert.certification.documents import AttackConfig, RobustnessReport
 
 
 @pytest.fixture(autouse=True)

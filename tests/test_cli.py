@@ -18,16 +18,12 @@ from typer.testing import CliRunner
 
 import lipconvert as lc
 from lipconvert import cli, data
+from lipconvert.certification.documents import AttackConfig, LipschitzReport, RobustnessReport
+from lipconvert.conversion.documents import ValidationReport
 from lipconvert.experiments import demo
-from lipconvert.schema import (
-    AttackConfig,
-    DemoReport,
-    LipschitzReport,
-    NetworkInfo,
-    PluginList,
-    RobustnessReport,
-    ValidationReport,
-)
+from lipconvert.experiments.documents import DemoReport
+from lipconvert.networks.documents import NetworkInfo
+from lipconvert.plugin_api.documents import PluginList
 
 
 def flat():

@@ -34,8 +34,8 @@ from torch import nn
 
 import lipconvert as lc
 from lipconvert.checkpoints import checkpoint, container
+from lipconvert.checkpoints.documents import Manifest, StageEntry
 from lipconvert.foundation import files
-from lipconvert.schema import Manifest, StageEntry
 
 GRAPH, DATA = "net.onnx", "net.safetensors"
 

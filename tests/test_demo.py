@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 import lipconvert as lc
 from lipconvert import data, schema
 from lipconvert.experiments import demo
-from lipconvert.schema import DemoReport
+from lipconvert.experiments.documents import DemoReport
 
 SMALL = demo.TRAINING.model_copy(update={"epochs": 1, "seed": 3})
 FAST = ["aol", "sll"]

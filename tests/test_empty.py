@@ -23,8 +23,8 @@ from lipconvert.conversion.validate import jacobian
 from lipconvert.dae.activations import _TABLE
 from lipconvert.equilibria.equilibrium import METHODS, evaluate
 from lipconvert.networks.glue import KNOWN
-from lipconvert.schema import AugmentConfig
 from lipconvert.training.augment import Augmentation
+from lipconvert.training.documents import AugmentConfig
 from lipconvert.training.finetune import Samples, margin_loss
 
 NONE = torch.zeros(0, dtype=torch.long)

@@ -31,8 +31,9 @@ from lipconvert import cli
 from lipconvert.checkpoints import container
 from lipconvert.escaping import markdown, paragraph, printable
 from lipconvert.experiments import demo, recipes
+from lipconvert.foundation.documents import json_text
 from lipconvert.interop import hub
-from lipconvert.schema import PluginSource, Provenance, TrainingSummary, json_text
+from lipconvert.networks.documents import PluginSource, Provenance, TrainingSummary
 
 VERDICTS = re.compile(r"\d+ claims, (none|\d+) of them false")
 VERDICT = "7 claims, none of them false"
@@ -461,7 +462,7 @@ def test_figures_name_what_is_drawn(tmp_path, monkeypatch):
     """No name is a formula or left out, whatever it begins with."""
     from matplotlib.figure import Figure
 
-    from lipconvert.reports import plotting
+    from lipconvert.experiments import curves
 
     net = lc.convert(small(), (64,), check=False)
     x = torch.rand(6, 64)
@@ -477,7 +478,7 @@ def test_figures_name_what_is_drawn(tmp_path, monkeypatch):
         return real(figure, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", saved)
-    plotting.plot_certified_accuracy(rows, tmp_path / "x.png", "title")
+    curves.plot_certified_accuracy(rows, tmp_path / "x.png", "title")
     assert len(seen) == len(names)
     for found, name in zip(seen, names, strict=True):
         assert found == printable(name) or (len(found) == 40 and printable(name).startswith(found[:39]))

@@ -20,7 +20,7 @@ import lipconvert as lc
 from lipconvert.checkpoints import container
 from lipconvert.checkpoints.wire import fields, of_memory
 from lipconvert.foundation import files
-from lipconvert.schema import TrainingSummary
+from lipconvert.networks.documents import TrainingSummary
 
 from .test_container import DATA, GRAPH, Forgery, header_of, network, placed, saved, with_header
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lipconvert as lc
 from lipconvert.data import Images, Shaped
 from lipconvert.reports.plotting import radius_name
-from lipconvert.schema import FinetuneReport, ScheduleConfig, TrainingConfig
+from lipconvert.training.documents import FinetuneReport, ScheduleConfig, TrainingConfig
 from lipconvert.training.finetune import Samples, _Support, margin_loss, require_fit, schedule_factor
 
 NAMES = ("log_psi", "G", "U", "V", "S", "b_z", "b_y")

@@ -31,11 +31,12 @@ from torch import nn
 
 import lipconvert as lc
 from lipconvert.checkpoints import checkpoint
+from lipconvert.checkpoints.documents import Manifest, StageEntry
 from lipconvert.dae.activations import Activations, activation_of
 from lipconvert.linalg.spectrum import Grid
+from lipconvert.networks.documents import TrainingSummary
 from lipconvert.networks.network import Network
 from lipconvert.onnx_export.onnx_plan import Plan
-from lipconvert.schema import Manifest, StageEntry, TrainingSummary
 
 F64, F32 = "float64", "float32"
 

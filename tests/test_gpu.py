@@ -26,8 +26,8 @@ from lipconvert.certification.bounds import Bounds
 from lipconvert.data import load as load_data
 from lipconvert.experiments import demo, recipes
 from lipconvert.interop.hub import write_folder
-from lipconvert.schema import AugmentConfig
 from lipconvert.training.augment import Augmentation
+from lipconvert.training.documents import AugmentConfig
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lipconvert as lc
+from lipconvert.checkpoints.documents import VerificationReport
 from lipconvert.cli import app
-from lipconvert.schema import VerificationReport
 
 from .test_container import DATA, GRAPH, Forgery, bits, network, placed, saved
 

@@ -28,8 +28,9 @@ import lipconvert as lc
 from lipconvert import cli, data
 from lipconvert.errors import DataError, InvalidParameterError, LipconvertError, ShapeError
 from lipconvert.experiments import demo, recipes
-from lipconvert.reports import plotting
-from lipconvert.schema import FinetuneReport, Recipe, RecipeResult, TrainingConfig
+from lipconvert.experiments.documents import Recipe, RecipeResult
+from lipconvert.training import curves
+from lipconvert.training.documents import FinetuneReport, TrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -139,7 +140,7 @@ def here(tmp_path, monkeypatch):
     """An empty current folder, and an import path that is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(plotting, "plot_training", lambda report, path: path.touch())  # drawn once, below
+    monkeypatch.setattr(curves, "plot_training", lambda report, path: path.touch())  # drawn once, below
     return tmp_path
 
 

@@ -16,8 +16,8 @@ from urllib.parse import unquote
 import matplotlib
 import pytest
 
+from lipconvert.certification.documents import AttackResult, MethodResult, RobustnessReport, StageProof
 from lipconvert.reports import plotting, report
-from lipconvert.schema import AttackResult, MethodResult, RobustnessReport, StageProof
 
 RADII = [36 / 255, 72 / 255, 108 / 255, 1.0]
 CONSTANTS = {"prescribed": 1.0, "pairwise": 0.83, "tightened": 0.71}
@@ -383,7 +383,8 @@ class TestMarkup:
         (tmp_path / "report.json").write_text(found.model_dump_json())
         code = (
             "import sys, matplotlib; matplotlib.rcParams['lines.linewidth'] = 9\n"
-            "from lipconvert.reports.report import write; from lipconvert.schema import RobustnessReport as R\n"
+            "from lipconvert.reports.report import write\n"
+            "from lipconvert.certification.documents import RobustnessReport as R\n"
             "write(R.model_validate_json(open(sys.argv[1]).read()), sys.argv[2])"
         )
         arguments = [sys.executable, "-c", code, tmp_path / "report.json", tmp_path / "page.html"]

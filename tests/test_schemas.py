@@ -7,15 +7,10 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from lipconvert.schema import (
-    DOCUMENTS,
-    CheckResult,
-    RobustnessReport,
-    TrainingConfig,
-    ValidationReport,
-    main,
-    schema_text,
-)
+from lipconvert.certification.documents import RobustnessReport
+from lipconvert.conversion.documents import CheckResult, ValidationReport
+from lipconvert.schema import DOCUMENTS, main, schema_text
+from lipconvert.training.documents import TrainingConfig
 
 SCHEMAS = Path(__file__).parent.parent / "schemas"
 TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}

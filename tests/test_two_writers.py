@@ -19,6 +19,7 @@ import torch
 
 import lipconvert as lc
 from lipconvert.checkpoints import container
+from lipconvert.checkpoints.documents import Claim
 from lipconvert.foundation import files
 from lipconvert.interop import hub, interchange
 
@@ -211,6 +212,7 @@ import torch
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 import lipconvert as lc
+from lipconvert.checkpoints.documents import Claim
 NETS = [lc.load(path) for path in sys.argv[1:]]
 def run(k, path, seed, embed):
     calls = itertools.count(1)
@@ -456,7 +458,7 @@ def test_a_folder_of_files_that_belong_together_is_written_by_one(write, tmp_pat
     "write",
     [
         lambda path, text: _written(path, text),
-        lambda path, text: lc.schema.Claim(claim=text, where="w", passed=True, found="f").write(path),
+        lambda path, text: Claim(claim=text, where="w", passed=True, found="f").write(path),
     ],
     ids=["whole", "document"],
 )

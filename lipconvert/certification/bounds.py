@@ -45,10 +45,11 @@ from ..foundation.integrity import frozen, require_own, same, settings
 from ..linalg.rounding import SLACK, gamma, operations, product
 from ..linalg.spectrum import Grid, hermitian, linear_solve
 from ..linalg.state_map import StateMap
+from ..networks.documents import Method, Search
 from ..networks.glue import KNOWN, PadChannels
 from ..networks.lben import LBEN
 from ..networks.network import Network
-from ..schema import LipschitzReport, Method, PairBound, Search, StageProof
+from .documents import LipschitzReport, PairBound, StageProof
 from .linear_rows import Reduced, without_linear_rows
 from .proofs import Enclosure, NotProved, Proof, prove_constant, prove_gains, prove_lmi, prove_monotone
 from .sdp import sdp_gain, sdp_output

@@ -31,10 +31,11 @@ from ..errors import InvalidParameterError, NotConvergedError, ShapeError
 from ..foundation.arguments import class_labels, inputs_of, isolated, plain_tensor, radii_of
 from ..foundation.shards import fingerprint, over
 from ..linalg.rounding import SLACK, unit_roundoff
+from ..networks.documents import Method
 from ..networks.network import Network
-from ..schema import AttackConfig, AttackResult, Method, MethodResult, RobustnessReport
 from .accuracy import FARTHEST, REACH, Accuracy
 from .bounds import METHODS, Bounds, LipschitzBound, class_pairs, extremes
+from .documents import AttackConfig, AttackResult, MethodResult, RobustnessReport
 from .empirical import empirical_lipschitz
 
 RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)

@@ -1,7 +1,7 @@
 """Networks to files and back: ``net.onnx`` describes, ``net.safetensors`` holds (DESIGN section 7).
 
 The data file holds every tensor once: the free parameters, the W in use, and the certificate. Its header carries the
-manifest (`lipconvert.schema.Manifest`): what the tensors do not say. The initialisers of the graph are external data at
+manifest (`Manifest`): what the tensors do not say. The initialisers of the graph are external data at
 (offset, length) in that file, so torch reads and onnxruntime runs the same bytes. `checkpoints.container` says how the two
 hold together and what is refused.
 """
@@ -32,23 +32,15 @@ from ..errors import CheckpointError, NoCertificateError
 from ..foundation.arguments import isolated
 from ..foundation.files import replaced, whole
 from ..foundation.integrity import require_own
+from ..networks.documents import GraphEntry, LogitBound, NetworkInfo, StageCertificate
 from ..networks.glue import KNOWN
 from ..networks.lben import LBEN
 from ..networks.network import Network
 from ..onnx_export.onnx_author import DOMAIN, DTYPES
 from ..onnx_export.onnx_graph import RADIUS, RESIDUAL, build
 from ..onnx_export.onnx_plan import OUTWARDS, Plan, full_kernels, plan, road, stored_W
-from ..schema import (
-    FORMAT_VERSION,
-    GlueEntry,
-    GraphEntry,
-    LogitBound,
-    Manifest,
-    NetworkInfo,
-    StageCertificate,
-    StageEntry,
-)
 from .container import DATA, GRAPH, MANIFEST, Header, entry_of, finish, location_of, read, write_data, write_graph
+from .documents import FORMAT_VERSION, GlueEntry, Manifest, StageEntry
 from .skeleton import ERRORS, PAIRS, skeleton
 
 # Shares by which claims are weaker than what was proved here: sums are added up in another order elsewhere, a search ends a

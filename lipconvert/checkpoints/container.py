@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InvalidParameterError, UnreadableError
 from ..foundation.files import only_writer, partial_of
-from ..schema import FORMAT_VERSION, Manifest, StageEntry, TensorEntry
+from .documents import FORMAT_VERSION, Manifest, StageEntry, TensorEntry
 from .skeleton import skeleton
 from .wire import Field, fields, of_memory
 

@@ -19,7 +19,7 @@ from ..foundation.arguments import default_dtype
 from ..networks.glue import KNOWN
 from ..networks.lben import LBEN
 from ..networks.network import Network
-from ..schema import GlueEntry, Manifest, StageEntry
+from .documents import GlueEntry, Manifest, StageEntry
 
 # Values of one sample between steps: ten times those of any network here.
 MOST_VALUES = 10**7

@@ -31,10 +31,10 @@ from ..networks.lben import LBEN
 from ..networks.network import Network
 from ..onnx_export.onnx_graph import INPUT, LOGITS
 from ..onnx_export.onnx_plan import Plan, flaw, plan, road
-from ..schema import Claim, StageEntry, VerificationReport
 from . import checkpoint
 from .checkpoint import ERRORS, PAIRS, errors_of, exact_network, network_of
 from .container import DIGEST, Graph, Stored, read
+from .documents import Claim, StageEntry, VerificationReport
 
 # Largest difference of outputs, relative to the largest output: what two orders of summation leave, and two solvers.
 AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}

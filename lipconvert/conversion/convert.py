@@ -15,11 +15,11 @@ from ..dae.dae import DAE
 from ..equilibria.equilibrium import DEFAULT, SolverOptions
 from ..foundation.arguments import isolated, number, sizes
 from ..foundation.shards import fingerprint
+from ..networks.documents import PluginSource, Provenance
 from ..networks.glue import affine_image
 from ..networks.lben import LBEN
 from ..networks.network import SAMPLE, Network
 from ..plugin_api.registry import plugins
-from ..schema import PluginSource, Provenance
 from .memory import require_memory, size_of, sizes_of
 from .trace import Step, glue_dae, group, label, stage_dae, trace, unshuffling
 from .validate import compare

@@ -19,7 +19,7 @@ from ..foundation.integrity import require_own
 from ..linalg.spectrum import least_eigenvalue, require_finite_samples
 from ..networks.lben import LBEN
 from ..networks.network import Network, passed
-from ..schema import CheckResult, ValidationReport
+from .documents import CheckResult, ValidationReport
 from .trace import Step, group, stage_dae, trace
 
 # What a conversion promises, relative: outputs, input gradients, W. Float32 rounds the parameters themselves.

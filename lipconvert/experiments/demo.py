@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from .. import data
 from ..certification.certify import RADII, certify
+from ..certification.documents import RobustnessReport
 from ..conversion.convert import convert
 from ..conversion.validate import validate
 from ..errors import InvalidParameterError
@@ -25,9 +26,10 @@ from ..foundation.arguments import isolated
 from ..foundation.files import alone, whole
 from ..linalg.spectrum import one_thread
 from ..plugin_api.registry import registry
-from ..reports.plotting import plot_certified_accuracy
-from ..schema import DemoReport, DemoRow, LossConfig, RobustnessReport, ScheduleConfig, TrainingConfig
+from ..training.documents import LossConfig, ScheduleConfig, TrainingConfig
 from ..training.finetune import train, versions
+from .curves import plot_certified_accuracy
+from .documents import DemoReport, DemoRow
 
 TRAINING = TrainingConfig(
     epochs=24,

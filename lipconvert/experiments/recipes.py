@@ -35,8 +35,9 @@ from ..networks.glue import Normalize
 from ..networks.network import Network
 from ..plugin_api.weights import opened
 from ..reports.plotting import radius_name
-from ..schema import ConversionConfig, ModelConfig, Recipe, RecipeResult, TrainingConfig
+from ..training.documents import TrainingConfig
 from ..training.finetune import OnEpoch, OnStep, Samples, finetune, input_shape_of, keep, require_fit, train, versions
+from .documents import ConversionConfig, ModelConfig, Recipe, RecipeResult
 
 RESULT, NETWORK, SOURCE = "result.json", "net.onnx", "model.pt"
 SUFFIXES = (".yaml", ".yml")

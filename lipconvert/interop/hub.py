@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..certification.certify import Certifier
+from ..certification.documents import RobustnessReport
 from ..checkpoints.checkpoint import info, load, save
 from ..checkpoints.container import DATA, GRAPH, MOST_HEADER, read_manifest, read_text
 from ..errors import CheckpointError, InvalidParameterError
 from ..escaping import markdown
 from ..foundation.arguments import isolated
 from ..foundation.files import alone, whole
+from ..networks.documents import NetworkInfo
 from ..networks.network import Network
-from ..schema import NetworkInfo, RobustnessReport
 
 CONFIG, CARD, MODEL = "config.json", "README.md", "model"
 

@@ -14,7 +14,7 @@ from ..errors import InvalidParameterError, NoCertificateError, ShapeError
 from ..foundation.arguments import inputs_of, make_ordinary, number, sizes
 from ..foundation.integrity import recorded
 from ..linalg.spectrum import from_samples
-from ..schema import NetworkInfo, Provenance, StageInfo, TrainingSummary
+from .documents import NetworkInfo, Provenance, StageInfo, TrainingSummary
 from .glue import applied, core_lipschitz, may_write
 from .lben import LBEN
 

@@ -32,10 +32,10 @@ from ..certification.bounds import output_shape
 from ..dae.activations import Activations, MaxMin, activation_of, is_activation
 from ..errors import CheckpointError
 from ..linalg.spectrum import Grid
+from ..networks.documents import GraphMethod
 from ..networks.glue import FirstFeatures, MeanPool, Normalize, PadChannels, pair
 from ..networks.lben import LBEN
 from ..networks.network import Network
-from ..schema import GraphMethod
 from .onnx_author import DOMAIN, DTYPES, OPSET, Author, Columns, Frequencies, Kernel, next_to_one
 from .onnx_plan import STOP, Plan, slices
 

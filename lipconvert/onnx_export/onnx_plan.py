@@ -20,8 +20,8 @@ from ..errors import CheckpointError, NotPSDError
 from ..linalg.rounding import SLACK, gamma, norm_bound, operations, unit_roundoff
 from ..linalg.spectrum import Grid, spectral_norm
 from ..linalg.state_map import StateMap
+from ..networks.documents import GraphEntry, GraphMethod
 from ..networks.lben import LBEN
-from ..schema import GraphEntry, GraphMethod
 from .onnx_author import NOISE, centred, noise, window
 
 # Methods without a loop.

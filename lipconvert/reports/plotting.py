@@ -1,5 +1,4 @@
-"""Figures: certified accuracy of the demo's architectures, and of one report with its attack; margins against what is needed;
-the epochs of a training run.
+"""Figures of one report: certified accuracy with its attack, margins against what is needed; and what other figures share.
 
 Each is written as a PNG, those of a report also as SVG to stand inside a page, where CSS variables give the colours.
 """
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..certification.certify import RADII
-from ..escaping import printable
+from ..certification.documents import RobustnessReport
 from ..foundation.files import whole
-from ..schema import DemoRow, FinetuneReport, RobustnessReport
 
 if TYPE_CHECKING:  # matplotlib is slow to import and most commands draw nothing
     from matplotlib.axes import Axes
@@ -94,47 +92,14 @@ def certified_of_first(report: RobustnessReport, samples: int, radii: Sequence[f
     return [sum(certified > radius for certified in chosen) / samples for radius in radii]
 
 
-def plot_certified_accuracy(rows: Sequence[DemoRow], path: str | Path, title: str) -> None:
-    """The demo's figure, one curve for each architecture; dotted uprights mark the radii of the table.
-
-    Writes a PNG, whole or not at all.
-    """
-    with _look():
-        figure, axes = _axes(WIDE, "radius ε (l2, pixels in [0, 1])", "certified accuracy (%)")
-        # The legend reads as the curves lie.
-        ranked = sorted(
-            enumerate(rows), key=lambda pair: sum(pair[1].robustness.methods[-1].curve_accuracy), reverse=True
-        )
-        lines = []
-        for k, row in ranked:
-            lines += axes.plot(
-                row.robustness.curve_radii,
-                _percent(row.robustness.methods[-1].curve_accuracy),
-                color=COLOURS[k % len(COLOURS)],
-                linestyle=STYLES[k % len(STYLES)],
-                linewidth=1.7,
-            )
-        axes.set_xlim(0.0, max(max(row.robustness.curve_radii) for row in rows))
-        axes.set_ylim(0.0, 100.0)
-        _uprights(axes, WIDE, {radius: radius_name(radius) for radius in RADII})
-        axes.set_title(title, fontsize=11, pad=18)
-        names = [row.architecture for _, row in ranked]
-        # As they are: by themselves, labels from "_" on are left out, and what is between two $ is a formula.
-        names = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in map(printable, names)]
-        legend = axes.legend(lines, names, framealpha=1.0, edgecolor="none", fontsize=9, handlelength=3.2)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-        _write(figure, path)
-
-
 def plot_robustness(report: RobustnessReport, path: str | Path) -> None:
     """Certified accuracy against the radius by every method, what an attack left, and between them what is not known.
 
     The attack's line is a staircase: nothing is claimed between the radii it was run at (`attacked_bounds`). Dotted uprights
     mark the radii of the field. Writes a PNG, whole or not at all.
     """
-    with _look():
-        _write(draw_robustness(report, WIDE), path)
+    with look():
+        write_png(draw_robustness(report, WIDE), path)
 
 
 def plot_margins(report: RobustnessReport, path: str | Path) -> None:
@@ -142,40 +107,8 @@ def plot_margins(report: RobustnessReport, path: str | Path) -> None:
 
     Margins of exactly 0 (ties, and solves that did not converge) are left out. Writes a PNG, whole or not at all.
     """
-    with _look():
-        _write(draw_margins(report, WIDE), path)
-
-
-def plot_training(report: FinetuneReport, path: str | Path) -> None:
-    """Loss, and natural and certified accuracy of the validation samples, epoch by epoch, as a PNG; the kept epoch marked."""
-    from matplotlib.ticker import MaxNLocator
-
-    with _look():
-        figure = _figure(WIDE)
-        loss, accuracy = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
-        trained = [record for record in report.history if record.loss is not None]
-        loss.plot([r.epoch for r in trained], [r.loss for r in trained], color=INK, marker=".", linewidth=1.2)
-        loss.set_ylabel("loss")
-        # As many ticks whatever the height: labels that get wider with the layout would push this one off the figure.
-        loss.yaxis.set_major_locator(MaxNLocator(4))
-        measured = [record for record in report.history if record.natural_accuracy is not None]
-        epochs = [record.epoch for record in measured]
-        lines = {"natural": [record.natural_accuracy or 0.0 for record in measured]}
-        for k, radius in enumerate(report.config.radii):
-            lines[f"certified at {radius_name(radius)}"] = [record.certified_accuracy[k] for record in measured]
-        for k, (label, values) in enumerate(lines.items()):
-            look = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
-            accuracy.plot(epochs, _percent(values), label=label, linewidth=1.5, **look)
-        accuracy.set_ylabel("validation accuracy (%)" if measured else "no validation data")
-        accuracy.set_xlabel("epoch")
-        accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for axes in (loss, accuracy):
-            _bare(axes)
-            axes.axvline(report.kept, color=RULE, linewidth=0.8, linestyle=":", zorder=1)
-        handles, labels = accuracy.get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9.0)
-        _write(figure, path)
+    with look():
+        write_png(draw_margins(report, WIDE), path)
 
 
 def inline_svg(draw: Draw, report: RobustnessReport, layout: Layout, name: str, label: str) -> str:
@@ -186,7 +119,7 @@ def inline_svg(draw: Draw, report: RobustnessReport, layout: Layout, name: str, 
     """
     from html import escape
 
-    with _look({"svg.hashsalt": name, "svg.fonttype": "none"}), io.StringIO() as buffer:
+    with look({"svg.hashsalt": name, "svg.fonttype": "none"}), io.StringIO() as buffer:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         draw(report, layout).savefig(buffer, format="svg", transparent=True, metadata=nothing)
         svg = buffer.getvalue()
@@ -202,7 +135,7 @@ def inline_svg(draw: Draw, report: RobustnessReport, layout: Layout, name: str, 
 
 def draw_robustness(report: RobustnessReport, layout: Layout) -> Figure:
     """What `plot_robustness` writes."""
-    figure, axes = _axes(layout, "radius ε (l2, pixels in [0, 1])", "accuracy (%)")
+    figure, axes = axes_of(layout, "radius ε (l2, pixels in [0, 1])", "accuracy (%)")
     asked, known = max(report.radii), max(report.curve_radii)
     end = max(asked, min(known, VIEW * asked)) or known or 1.0
     bounds = attacked_bounds(report)
@@ -224,18 +157,18 @@ def draw_robustness(report: RobustnessReport, layout: Layout) -> Figure:
         strongest = result is report.methods[-1]
         axes.plot(
             report.curve_radii,
-            _percent(result.curve_accuracy),
+            percent(result.curve_accuracy),
             color=colour,
             linestyle=style,
             linewidth=2.2 if strongest else 1.5,
             label=f"certified, {result.method}",
         )
         if strongest:
-            dots = _percent(result.certified_accuracy)
+            dots = percent(result.certified_accuracy)
             axes.plot(report.radii, dots, "o", color=colour, markersize=4, clip_on=False)
     axes.set_xlim(0.0, end)
     axes.set_ylim(0.0, 100.0)
-    _uprights(axes, layout, {radius: radius_name(radius) for radius in RADII})
+    uprights(axes, layout, {radius: radius_name(radius) for radius in RADII})
     _legend_below(figure, layout)
     return figure
 
@@ -244,7 +177,7 @@ def draw_margins(report: RobustnessReport, layout: Layout) -> Figure:
     """What `plot_margins` writes."""
     import numpy as np
 
-    figure, axes = _axes(layout, "margin: logit of the label less the largest other", "samples")
+    figure, axes = axes_of(layout, "margin: logit of the label less the largest other", "samples")
     known = np.array([margin for margin in report.margins if margin != 0.0])
     needed = {
         math.sqrt(2.0) * report.lipschitz * radius: radius_name(radius) for radius in report.radii if radius > 0.0
@@ -263,7 +196,7 @@ def draw_margins(report: RobustnessReport, layout: Layout) -> Figure:
     if not len(known):
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no margins", transform=axes.transAxes, ha="center", va="center", color=LABEL)
-    _uprights(axes, layout, needed, INK, zorder=3)
+    uprights(axes, layout, needed, INK, zorder=3)
     beyond = [name for margin, name in needed.items() if margin > axes.get_xlim()[1]]
     if beyond and len(known):
         axes.set_ylim(top=1.12 * axes.get_ylim()[1])  # room above the bars
@@ -273,14 +206,15 @@ def draw_margins(report: RobustnessReport, layout: Layout) -> Figure:
     return figure
 
 
-def _look(more: Mapping[str, str] | None = None) -> AbstractContextManager[None]:
+def look(more: Mapping[str, str] | None = None) -> AbstractContextManager[None]:
     """matplotlib's own defaults, whatever the user's settings are, and some more."""
     from matplotlib import style
 
     return style.context(["default", dict(more or {})])
 
 
-def _figure(layout: Layout) -> Figure:
+def figure_of(layout: Layout) -> Figure:
+    """An empty figure, which no window is opened for."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -289,23 +223,24 @@ def _figure(layout: Layout) -> Figure:
     return figure
 
 
-def _axes(layout: Layout, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = _figure(layout)
+def axes_of(layout: Layout, x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, named."""
+    figure = figure_of(layout)
     axes = figure.add_subplot()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    _bare(axes)
+    bare(axes)
     return figure, axes
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
     """Horizontal lines behind what is drawn, and no frame above and to the right."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _uprights(axes: Axes, layout: Layout, places: Mapping[float, str], colour: str = RULE, zorder: float = 1) -> None:
+def uprights(axes: Axes, layout: Layout, places: Mapping[float, str], colour: str = RULE, zorder: float = 1) -> None:
     """Dotted lines within the limits, named above; a name that would run into another goes higher, or is left out."""
     left, right = axes.get_xlim()
     rows: list[float] = [-math.inf] * 3  # where the last name of each row ends, in points
@@ -359,17 +294,19 @@ def _unknown(
         lower = certified_of_first(report, attacked, radii)
     else:
         lower = np.interp(radii, report.curve_radii, report.methods[-1].curve_accuracy).tolist()
-    return radii, _percent(lower), _percent(max(pair) for pair in zip(lower, upper, strict=True))
+    return radii, percent(lower), percent(max(pair) for pair in zip(lower, upper, strict=True))
 
 
-def _percent(accuracies: Iterable[float]) -> list[float]:
+def percent(accuracies: Iterable[float]) -> list[float]:
+    """Accuracies in [0, 1] in %."""
     return [100.0 * accuracy for accuracy in accuracies]
 
 
 def _columns(bounds: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [radius for radius, _ in bounds], _percent(accuracy for _, accuracy in bounds)
+    return [radius for radius, _ in bounds], percent(accuracy for _, accuracy in bounds)
 
 
-def _write(figure: Figure, path: str | Path) -> None:
+def write_png(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     with whole(path) as partial:
         figure.savefig(partial, format="png")

@@ -13,10 +13,11 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
+from ..certification.documents import AttackResult, RobustnessReport, StageProof
 from ..errors import InvalidParameterError
 from ..escaping import printable
+from ..foundation.documents import json_text
 from ..foundation.files import whole
-from ..schema import AttackResult, RobustnessReport, StageProof, json_text
 from .plotting import (
     NARROW,
     WIDE,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidParameterError, ShapeError
-from ..schema import AugmentConfig
+from .documents import AugmentConfig
 
 # ITU-R 601-2 luma, as Pillow and torchvision take it
 LUMA = (0.2989, 0.587, 0.114)

@@ -50,12 +50,14 @@ from ..foundation.files import alone, whole
 from ..foundation.integrity import require_own
 from ..foundation.shards import fingerprint, over
 from ..linalg.spectrum import least_eigenvalue, require_finite_samples, roundoff
+from ..networks.documents import TrainingSummary
 from ..networks.lben import LBEN
 from ..networks.network import Network
 from ..plugin_api.weights import opened
-from ..reports.plotting import plot_training, radius_name
-from ..schema import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig, TrainingSummary
+from ..reports.plotting import radius_name
 from .augment import Augmentation
+from .curves import plot_training
+from .documents import EpochRecord, FinetuneReport, ScheduleConfig, TrainingConfig
 
 # Of H(Ψ⁻¹, L) = 2V′V + 2εI in the gauge Ψ = I, in float64; more is allowed only where the round-off of its terms is more.
 LEAST_EIGENVALUE = -1e-8
