@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lipconvert as lc
+from lipconvert.checkpoints.checkpoint import info
 from lipconvert.cli import app
 from lipconvert.foundation.arguments import count, number, radii_of
 
@@ -357,7 +358,7 @@ def a_day(kind: str, folder: Any, autocast: bool) -> dict[str, Any]:
     again = lc.load(folder / "net.onnx")
     found["loaded"] = again(x).detach().clone()
     found["verified"] = lc.verify(folder / "net.onnx").passed
-    found["info"] = lc.checkpoint.info(folder / "net.onnx").lipschitz
+    found["info"] = info(folder / "net.onnx").lipschitz
     found["dae"] = lc.to_dae(SOURCES[kind], SHAPES[kind]).W
     found["proved"] = lc.lipschitz_bound(again).lipschitz if hasattr(lc, "lipschitz_bound") else None
     if not autocast:

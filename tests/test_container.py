@@ -1708,7 +1708,8 @@ import torch
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 import lipconvert as lc
-from lipconvert import checkpoint, container, files
+from lipconvert.checkpoints import checkpoint, container
+from lipconvert.foundation import files
 NETS = [lc.load(path) for path in sys.argv[1:]]
 for line in sys.stdin:
     pid = os.fork()

@@ -26,6 +26,7 @@ from lipconvert.certification.bounds import Bounds
 from lipconvert.dae.activations import _MODULES, is_activation
 from lipconvert.foundation.integrity import computes_as
 from lipconvert.foundation.shards import fingerprint
+from lipconvert.interop import hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 
@@ -70,7 +71,7 @@ ENTRIES = {
     "empirical_lipschitz": lambda net, path: lc.empirical_lipschitz(net, X, steps=2),
     "save": lambda net, path: lc.save(net, path / "net.safetensors", prove=False),
     "save without a graph": lambda net, path: lc.save(net, path / "net.onnx"),
-    "push_to_hub": lambda net, path: lc.hub.write_folder(net, path),
+    "push_to_hub": lambda net, path: hub.write_folder(net, path),
     "validate": lambda net, path: lc.validate(source(), net),
     "finetune": lambda net, path: lc.finetune(net, DATA, config=TINY),
     "explicit": lambda net, path: lc.explicit(net),

@@ -29,7 +29,6 @@ from lipconvert import cli, data
 from lipconvert.errors import DataError, InvalidParameterError, LipconvertError, ShapeError
 from lipconvert.experiments import demo, recipes
 from lipconvert.experiments.documents import Recipe, RecipeResult
-from lipconvert.training import curves
 from lipconvert.training.documents import FinetuneReport, TrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -140,7 +139,9 @@ def here(tmp_path, monkeypatch):
     """An empty current folder, and an import path that is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(curves, "plot_training", lambda report, path: path.touch())  # drawn once, below
+    monkeypatch.setattr(
+        "lipconvert.training.finetune.plot_training", lambda report, path: path.touch()
+    )  # drawn once, below
     return tmp_path
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import lipconvert as lc
 from lipconvert import Grid
+from lipconvert.certification.bounds import class_pairs
 from lipconvert.certification.proofs import Enclosure, prove_gains, prove_lmi
 from lipconvert.certification.tighten import (
     MIDDLE,
@@ -712,7 +713,7 @@ def test_more_functionals_than_states_and_none_that_matter() -> None:
 def test_networks_of_some_size_reach_the_minimum() -> None:
     """Forty pairs of a network with 96 states, from the multiplier of all together: none stays behind, all are proved."""
     case = dense(96, 16, 5, seed=17)
-    i, j = torch.tensor(lc.bounds.class_pairs(5)).T
+    i, j = torch.tensor(class_pairs(5)).T
     rows = case.G[i] - case.G[j]
     common = best_gains(case.enclosure, case.start, rows.unsqueeze(0), last=100.0)[0]
     found = best_gains(case.enclosure, common, rows.unsqueeze(1))
